@@ -1,0 +1,356 @@
+"""The command line: parse, call one function, print. Imports no torch."""
+
+import json
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hpo.errors import ExitCode, UsageError, exit_code
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="From a set of labelled images to the best classifier that this hardware can find.",
+)
+
+Study = Annotated[str | None, typer.Option("--study", metavar="NAME", help="Name of the study.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        metavar="URL",
+        help="postgresql://USER@HOST:PORT/DATABASE, else HPO_STORAGE, else the embedded Postgres.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import importlib.metadata
+
+        typer.echo(f"hpo {importlib.metadata.version('hpo-vision')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options before any command."""
+
+
+@app.command()
+def launch(
+    study: Study = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FOLDER",
+            help="digits, fashion-mnist, cifar10 or a folder of pictures.  [default: digits]",
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="The study's whole budget.  [default: 50]")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Of a trial that isn't stopped.  [default: by the data]")
+    ] = None,
+    workers: Annotated[
+        str, typer.Option(metavar="N|auto", help="auto: one on each GPU, or on each core.")
+    ] = "auto",
+    devices: Annotated[
+        str | None, typer.Option(metavar="cuda:0,...", help="Devices to use.  [default: all]")
+    ] = None,
+    space: Annotated[
+        Path | None, typer.Option(metavar="FILE.toml", help="Fields to search or to fix.")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Backbones to choose among.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the study.  [default: 0]")] = None,
+    timeout: Annotated[
+        str | None, typer.Option(metavar="2h", help="Stop after 90s, 30m or 2h.")
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Leave it running in the background.")
+    ] = False,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search: create a study or go on with it, until its budget of trials is used up."""
+    from hpo import launch as launching
+    from hpo.progress import ProgressView
+    from hpo.status import status_json
+
+    options = launching.LaunchOptions(
+        study=study,
+        data=data,
+        trials=trials,
+        epochs=epochs,
+        space=space,
+        backbones=backbone,
+        seed=seed,
+        workers=workers,
+        devices=devices,
+        timeout_seconds=None if timeout is None else parse_duration(timeout),
+    )
+    database = _open(storage)
+    record = launching.prepare_study(database, options)
+    executor = launching.make_executor(record, options, storage_url=storage)
+    if detach:
+        log = launching.detach(record, options, storage_url=storage)
+        typer.echo(f"{record.name} runs in the background, log: {log}", err=True)
+        return
+    view = ProgressView(record.name, num_epochs=int(record.spec["space"]["epochs"]), stream=sys.stderr)
+    watch = launching.Watch(database, record, executor, executor.num_workers, view)
+    ended = watch.run()
+    if as_json:
+        _print_json(status_json(record.name, ended))
+        return
+    typer.echo(view.line(ended))
+    if ended.num_finished < ended.budget:
+        typer.echo(f"stopped: {launching.how_to_go_on(record.name, ended)}")
+
+
+@app.command()
+def worker(
+    study: Annotated[str, typer.Option(metavar="NAME", help="Name of the study.")],
+    device: Annotated[
+        str | None, typer.Option(metavar="cuda:0", help="[default: the first one there is]")
+    ] = None,
+    storage: Storage = None,
+) -> None:
+    """Run one worker here, for a study launched anywhere."""
+    from hpo.worker import Launched, Worker
+    from trainer.device import available_devices
+
+    logging.getLogger().setLevel(logging.INFO)
+    launched = None
+    if "HPO_WORKER_ID" in os.environ:
+        launched = Launched(
+            worker_id=os.environ["HPO_WORKER_ID"],
+            launcher_pid=int(os.environ["HPO_LAUNCHER_PID"]),
+        )
+    working = Worker(
+        _database(storage), study, device=device or available_devices()[0], launched=launched
+    )
+    raise typer.Exit(working.run())
+
+
+@app.command()
+def status(
+    study: Study = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Until Ctrl-C.")] = False,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """How far a study is."""
+    import time
+
+    from hpo.progress import ProgressView
+    from hpo.status import status_json
+    from storage.leases import reap
+    from storage.snapshots import snapshot
+
+    database = _open(storage)
+    record = _the_study(database, study)
+    reap(database, record.study_id)
+    num_epochs = int(record.spec["space"]["epochs"])
+    view = ProgressView(record.name, num_epochs=num_epochs, stream=sys.stdout)
+    if watch:
+        with view:
+            while True:
+                view.show(snapshot(database, record.study_id))
+                time.sleep(1.0)
+    now = snapshot(database, record.study_id)
+    if as_json:
+        _print_json(status_json(record.name, now))
+    else:
+        typer.echo(view.line(now))
+
+
+@app.command()
+def trials(study: Study = None, storage: Storage = None, as_json: AsJson = False) -> None:
+    """The trials of a study, their values and why they ended."""
+    from hpo.progress import params_text
+    from hpo.status import trials_json
+    from storage.snapshots import snapshot
+
+    database = _open(storage)
+    now = snapshot(database, _the_study(database, study).study_id)
+    if as_json:
+        _print_json(trials_json(now))
+        return
+    for trial in now.trials:
+        value = "-" if trial.value is None else f"{trial.value:.4f}"
+        reason = trial.attributes.get("reason", "")
+        typer.echo(f"{trial.number:4d} {trial.state:8s} {value:>6s}  {params_text(trial)}  {reason}")
+
+
+@app.command()
+def studies(storage: Storage = None, as_json: AsJson = False) -> None:
+    """The studies of a database."""
+    from hpo.status import status_json
+    from storage.snapshots import snapshot
+    from storage.studies import find_studies
+
+    database = _open(storage)
+    found = [
+        status_json(record.name, snapshot(database, record.study_id))
+        for record in find_studies(database)
+    ]
+    if as_json:
+        _print_json(found)
+        return
+    for row in found:
+        best = "-" if row["best"] is None else f"{row['best']['value']:.4f}"
+        finished = row["complete"] + row["pruned"]
+        typer.echo(f"{row['study']}: {finished}/{row['budget']} trials, best {best}")
+
+
+@app.command()
+def stop(study: Study = None, storage: Storage = None) -> None:
+    """Stop a study's workers, on every machine; `hpo launch` goes on."""
+    from hpo.launch import how_to_go_on
+    from storage.snapshots import snapshot
+    from storage.studies import request_stop
+
+    database = _open(storage)
+    record = _the_study(database, study)
+    request_stop(database, record.study_id)
+    now = snapshot(database, record.study_id)
+    typer.echo(f"its workers leave within moments: {how_to_go_on(record.name, now)}")
+
+
+@app.command()
+def dashboard(
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
+    host: Annotated[str, typer.Option(help="Beyond this machine: only behind a token.")] = "127.0.0.1",
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Holds the token; else one is made up.")
+    ] = None,
+    storage: Storage = None,
+) -> None:
+    """Watch studies in the browser."""
+    from hpo.dashboard import serve
+    from storage.schema import optuna_storage
+
+    serve(optuna_storage(_open(storage)), host=host, port=port, token_file=token_file)
+
+
+@app.command()
+def best(
+    study: Study = None,
+    export: Annotated[
+        bool, typer.Option("--export", help="Retrain it, test it once, export it.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="[default: export-STUDY]")
+    ] = None,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """The best trial; with --export retrained on train and validation, tested once, exported."""
+    from hpo.best import BestReport, export_best, known_best
+
+    database = _open(storage)
+    record = _the_study(database, study)
+    report: BestReport
+    if export:
+        report = export_best(database, record, out=out or Path(f"export-{record.name}"))
+    else:
+        report = known_best(database, record)
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        typer.echo(report.text())
+
+
+@app.command()
+def predict(
+    export_dir: Annotated[Path, typer.Argument(metavar="EXPORT_DIR")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...")],
+    as_json: AsJson = False,
+) -> None:
+    """Classify pictures with an export alone."""
+    from hpo.predict import predict as classify
+
+    found = classify(export_dir, images)
+    if as_json:
+        _print_json(
+            [{"file": p.file, "class": p.class_, "probability": p.probability} for p in found]
+        )
+        return
+    for prediction in found:
+        typer.echo(f"{prediction.file}: {prediction.class_} ({prediction.probability:.3f})")
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of '90s', '30m', '2h' or '90'. Raises UsageError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    if seconds <= 0:
+        raise UsageError(f"--timeout takes a time above 0, like 90s, 30m or 2h, got {text!r}")
+    return seconds
+
+
+def _database(storage: str | None) -> Any:
+    from storage.database import Database
+
+    return Database(storage)
+
+
+def _open(storage: str | None) -> Any:
+    from storage.schema import ensure_tables
+
+    database = _database(storage)
+    database.open()
+    ensure_tables(database)
+    return database
+
+
+def _the_study(database: Any, name: str | None) -> Any:
+    """The study of this name, or the only one there is."""
+    from storage.studies import find_studies
+
+    found = find_studies(database)
+    names = ", ".join(record.name for record in found) or "none"
+    for record in found:
+        if record.name == name or (name is None and len(found) == 1):
+            return record
+    if name is None:
+        raise UsageError(f"which study? Give --study: there is {names}")
+    raise UsageError(f"no study {name[:80]!r} here: there is {names}")
+
+
+def _print_json(document: Any) -> None:
+    typer.echo(json.dumps(document, indent=1, allow_nan=False))
+
+
+def main() -> None:
+    """Run the command; each error that a user can cause is one line and its exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(ExitCode.INTERRUPTED)
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        typer.echo(f"hpo: {' '.join(str(error).split())}", err=True)
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

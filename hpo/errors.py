@@ -1,0 +1,86 @@
+"""The exception tree, and which exit code each error means.
+
+    Exception
+    ├── HpoError                      raised here
+    │   ├── UsageError            2   an option that can't be
+    │   ├── NoTrialError          4   nothing to choose from
+    │   ├── StudyFailsError       6   every trial fails for the same reason
+    │   ├── WorkersDie            1   no worker comes up
+    │   └── Interrupted         130   a signal, Ctrl-C
+    ├── trainer.config.ConfigError    2
+    ├── trainer.config.DataError      5
+    └── storage.errors.StorageError   3
+        └── StudyNotFound             2
+
+Only cli.py exits. Every message is one line: the cause, and the way out.
+"""
+
+import enum
+
+from storage.errors import StorageError, StudyNotFound
+from trainer.config import ConfigError, DataError
+
+
+class ExitCode(enum.IntEnum):
+    """What a command's end means to the script that called it."""
+
+    DONE = 0
+    UNEXPECTED = 1
+    USAGE = 2
+    DATABASE = 3
+    NO_TRIAL = 4
+    DATA = 5
+    STUDY_FAILS = 6
+    INTERRUPTED = 130
+
+
+class HpoError(Exception):
+    """A message for the user, one line."""
+
+    exit_code = ExitCode.UNEXPECTED
+
+
+class UsageError(HpoError):
+    """An option that can't be."""
+
+    exit_code = ExitCode.USAGE
+
+
+class NoTrialError(HpoError):
+    """The study has no trial to choose from."""
+
+    exit_code = ExitCode.NO_TRIAL
+
+
+class StudyFailsError(HpoError):
+    """Trial after trial fails."""
+
+    exit_code = ExitCode.STUDY_FAILS
+
+
+class WorkersDie(HpoError):
+    """Worker processes end before they do any work."""
+
+
+class Interrupted(HpoError):
+    """A signal asked this process to leave."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+
+_ELSEWHERE: dict[type[Exception], ExitCode] = {
+    ConfigError: ExitCode.USAGE,
+    DataError: ExitCode.DATA,
+    StudyNotFound: ExitCode.USAGE,
+    StorageError: ExitCode.DATABASE,
+}
+
+
+def exit_code(error: Exception) -> ExitCode | None:
+    """The code of an error that a user can cause; None for a bug."""
+    if isinstance(error, HpoError):
+        return error.exit_code
+    for kind, code in _ELSEWHERE.items():
+        if isinstance(error, kind):
+            return code
+    return None

@@ -1,0 +1,210 @@
+"""One trial: what it trains, what it reports, and where it ends."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from hpo.rungs import is_rung, judge
+from hpo.spec import StudySpec
+from storage.checkpoints import TrialCheckpoints, checkpoint_root
+from storage.leases import Lease
+from storage.studies import OpenStudy
+from trainer.config import ConfigError, TrainConfig, TrainingFailure
+from trainer.data.dataset import ImageDataset
+from trainer.device import DevicePlan, choose_plan
+from trainer.loop import ProgressReport, train
+from trainer.state import CheckpointError, read_history
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a trial ended. value: its last validation accuracy, None if it has none."""
+
+    state: TrialState
+    value: float | None
+    reason: str
+    is_feasible: bool = True
+
+
+class TrialRun:
+    """One attempt at one trial, from its lease to its end."""
+
+    def __init__(
+        self,
+        study: OpenStudy,
+        spec: StudySpec,
+        lease: Lease,
+        data: ImageDataset,
+        *,
+        device: str,
+        pulse: Callable[[], None],
+    ) -> None:
+        self._study, self._spec, self._lease, self._data = study, spec, lease, data
+        self._device, self._pulse = device, pulse
+        self._trial_id = study.bind(lease)
+        trial = study.trial(self._trial_id)
+        self.number = trial.number
+        self._attributes: Mapping[str, Any] = trial.user_attrs
+        self._checkpoints: TrialCheckpoints | None = TrialCheckpoints(
+            checkpoint_root(),
+            study_key=study.record.checkpoint_key,
+            trial_number=trial.number,
+            token=lease.token,
+        )
+
+    def run(self) -> Outcome:
+        """Train until the trial's end and tell it. Raises LeaseLost, and what `pulse` raises."""
+        try:
+            outcome = self._train(self._suggest())
+        except TrainingFailure as failure:
+            outcome = Outcome(
+                state=TrialState.PRUNED, value=None, reason=str(failure), is_feasible=False
+            )
+        except ConfigError as error:
+            outcome = Outcome(state=TrialState.FAIL, value=None, reason=str(error))
+        self._tell(outcome)
+        return outcome
+
+    def fail(self, error: Exception) -> Outcome:
+        """End the trial after an error that is none of its results."""
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+        outcome = Outcome(state=TrialState.FAIL, value=None, reason=reason)
+        self._tell(outcome)
+        return outcome
+
+    def _suggest(self) -> TrainConfig:
+        """The trial's config: what an earlier attempt was given is kept."""
+        # seeded by the trial, so that a resumed trial is proposed what it would have been
+        seed = trial_seed(self._spec.seed, self.number)
+        self._study.study.sampler = optuna.samplers.TPESampler(seed=seed)
+
+        def suggest() -> TrainConfig:
+            trial = optuna.Trial(self._study.study, self._trial_id)
+            return self._spec.space.suggest(trial, seed=seed)
+
+        return self._study.write(self._lease, suggest)
+
+    def _train(self, config: TrainConfig) -> Outcome:
+        resume = self._take_over()
+        history = read_history(resume) if resume else []
+        for past in history:
+            self._report(past)  # one of them may be missing: checkpoints are written first
+        outcome = self._outcome(history[-1]) if history else None
+        if outcome is not None:
+            return outcome
+        plan = self._plan(config)
+        reports = train(config, self._data, plan, resume=resume, pulse=self._pulse)
+        with contextlib.closing(reports):
+            for report in reports:
+                self._save(report)
+                self._report(report.to_dict())
+                outcome = self._outcome(report.to_dict())
+                if outcome is not None:
+                    return outcome
+        raise AssertionError("a training's last report says that it is the last")
+
+    def _plan(self, config: TrainConfig) -> DevicePlan:
+        """How the device is used: chosen by the first attempt, kept by later ones."""
+        if "plan" in self._attributes:
+            return DevicePlan.from_dict({**self._attributes["plan"], "device": self._device})
+        plan = choose_plan(
+            config,
+            input_size=self._data.input_size,
+            num_classes=self._data.num_classes,
+            device=self._device,
+        )
+
+        def note() -> None:
+            trial = optuna.Trial(self._study.study, self._trial_id)
+            trial.set_user_attr("config", config.to_dict())
+            trial.set_user_attr("plan", plan.to_dict())
+
+        self._study.write(self._lease, note)
+        return plan
+
+    def _report(self, report: Mapping[str, Any]) -> None:
+        self._study.report(
+            self._lease,
+            self._trial_id,
+            int(report["step"]),
+            float(report["val_accuracy"]),
+            images_per_second=float(report["images_per_second"]),
+        )
+
+    def _outcome(self, report: Mapping[str, Any]) -> Outcome | None:
+        """How the trial ends if it ends with this report, its newest one."""
+        step, value = int(report["step"]), float(report["val_accuracy"])
+        if report["finished"]:
+            reason = report["reason"] or f"trained for {self._spec.epochs} epochs"
+            return Outcome(state=TrialState.COMPLETE, value=value, reason=reason)
+        if not is_rung(step, num_epochs=self._spec.epochs, eta=self._spec.eta):
+            return None
+        verdict = judge(
+            step=step,
+            number=self.number,
+            value=value,
+            others=self._study.values_at(step, except_trial_id=self._trial_id),
+            num_epochs=self._spec.epochs,
+            eta=self._spec.eta,
+        )
+        if verdict.goes_on:
+            return None
+        return Outcome(state=TrialState.PRUNED, value=value, reason=verdict.reason)
+
+    def _tell(self, outcome: Outcome) -> None:
+        if not outcome.is_feasible:
+
+            def constrain() -> None:
+                trial = optuna.Trial(self._study.study, self._trial_id)
+                trial.set_constraint("trainable", 1.0)
+
+            self._study.write(self._lease, constrain)
+        self._study.end(
+            self._lease, self._trial_id, outcome.state, value=outcome.value, reason=outcome.reason
+        )
+        # what stopped at a rung may be reopened later, and keeps its checkpoint
+        if self._checkpoints and not (outcome.state == TrialState.PRUNED and outcome.is_feasible):
+            self._checkpoints.remove()
+
+    def _take_over(self) -> bytes | None:
+        """The newest checkpoint that can be read, None to begin anew."""
+        if self._checkpoints is None:
+            return None
+        try:
+            found = self._checkpoints.take_over()
+            if found is not None:
+                read_history(found)
+            return found
+        except OSError as error:
+            self._do_without_checkpoints(error)
+        except CheckpointError as error:
+            logger.warning("trial %d begins anew: %s", self.number, error)
+        return None
+
+    def _save(self, report: ProgressReport) -> None:
+        if self._checkpoints is None:
+            return
+        try:
+            self._checkpoints.save(report.step, report.state.to_bytes())
+        except OSError as error:
+            self._do_without_checkpoints(error)
+
+    def _do_without_checkpoints(self, error: OSError) -> None:
+        self._checkpoints = None
+        logger.warning(
+            "trial %d goes on without checkpoints (%s): if its worker dies, it begins anew",
+            self.number,
+            error.strerror or error,
+        )
+
+
+def trial_seed(study_seed: int, number: int) -> int:
+    """A seed of its own for each trial of each study."""
+    return (study_seed * 1_000_003 + number) % 2**31

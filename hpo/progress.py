@@ -1,0 +1,115 @@
+"""The live view of a study: a table on a terminal, a line every few seconds elsewhere."""
+
+import time
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from hpo.rungs import STEPS_PER_EPOCH
+from hpo.status import best_trial
+from storage.snapshots import StudySnapshot, TrialSnapshot
+
+LINE_SECONDS = 5.0
+
+
+class ProgressView:
+    """Shows snapshots of one study as they come."""
+
+    def __init__(self, name: str, *, num_epochs: int, stream: TextIO) -> None:
+        self._name, self._num_epochs = name, num_epochs
+        self._console = Console(file=stream)
+        self._live = Live(console=self._console, auto_refresh=False, transient=True)
+        self._started = time.monotonic()
+        self._finished_at_start: int | None = None
+        self._last_line, self._last_text = -LINE_SECONDS, ""
+
+    def __enter__(self) -> "ProgressView":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+    def show(self, study: StudySnapshot) -> None:
+        """Show the study as it is now."""
+        if self._finished_at_start is None:
+            self._finished_at_start = study.num_finished
+        if self._console.is_terminal:
+            self._live.update(Group(Text(self.line(study)), self._running(study)), refresh=True)
+        elif time.monotonic() - self._last_line >= LINE_SECONDS:
+            text = self.line(study)
+            if text != self._last_text:
+                self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+            self._last_line, self._last_text = time.monotonic(), text
+
+    def line(self, study: StudySnapshot) -> str:
+        """The study in one line."""
+        best = best_trial(study.trials)
+        speed = sum(worker.images_per_second for worker in study.workers)
+        parts = [
+            f"{self._name}: {study.num_finished}/{study.budget} trials",
+            f"{study.count('RUNNING')} running",
+            f"{study.count('PRUNED')} pruned",
+        ]
+        for state, word in (("WAITING", "waiting"), ("FAIL", "failed")):
+            if study.count(state):
+                parts.append(f"{study.count(state)} {word}")
+        parts.append(f"best {_value(best)}" + (f" (trial {best.number})" if best else ""))
+        parts.append(f"{speed:,.0f} images/s")
+        left = self._seconds_left(study)
+        if left is not None:
+            parts.append(f"about {duration(left)} left")
+        return ", ".join(parts)
+
+    def _seconds_left(self, study: StudySnapshot) -> float | None:
+        """As long as the trials that are left take at the pace since the start."""
+        done = study.num_finished - (self._finished_at_start or 0)
+        left = study.budget - study.num_finished
+        if done < 2 or left <= 0:
+            return None
+        return (time.monotonic() - self._started) / done * left
+
+    def _running(self, study: StudySnapshot) -> Table:
+        table = Table("worker", "trial", "epoch", "accuracy", "images/s", "config", box=None)
+        trials = {trial.number: trial for trial in study.trials}
+        for worker in study.workers:
+            trial = trials.get(worker.trial) if worker.trial is not None else None
+            epoch = (worker.step or 0) / STEPS_PER_EPOCH
+            table.add_row(
+                Text(f"{worker.id} {worker.device}"),
+                "idle" if trial is None else str(trial.number),
+                "" if trial is None else f"{epoch:g}/{self._num_epochs}",
+                "" if trial is None or not trial.values else f"{trial.values[-1]:.4f}",
+                f"{worker.images_per_second:,.0f}" if worker.images_per_second else "",
+                Text("" if trial is None else params_text(trial)),
+            )
+        return table
+
+
+def params_text(trial: TrialSnapshot) -> str:
+    """The trial's searched values in a few words."""
+    words = []
+    for name, value in trial.params.items():
+        words.append(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(words)
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _value(trial: TrialSnapshot | None) -> str:
+    return "-" if trial is None or trial.value is None else f"{trial.value:.4f}"

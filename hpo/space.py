@@ -1,0 +1,180 @@
+"""SearchSpace: which fields of TrainConfig are searched, and among what."""
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from trainer.config import ConfigError, TrainConfig, unknown_name
+
+_FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+_NEVER_SEARCHED = {
+    "epochs": "rungs compare trials by the epochs that they have trained",
+    "seed": "a seed is not a setting that one can choose well",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """A number between `low` and `high`, both included."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        for end in (self.low, self.high):
+            if isinstance(end, bool) or not isinstance(end, int | float) or not math.isfinite(end):
+                raise ConfigError(f"a range's ends must be numbers, got {end!r}")
+        if self.low > self.high:
+            raise ConfigError(f"low = {self.low} is above high = {self.high}")
+        if not isinstance(self.log, bool):
+            raise ConfigError(f"log must be true or false, got {self.log!r}")
+        if self.log and self.low <= 0:
+            raise ConfigError(f"a logarithmic range must lie above 0, got low = {self.low}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpace:
+    """field of TrainConfig -> Range, tuple of choices, or the one value it has.
+
+    Raises ConfigError if a field is unknown, can't be searched, or would leave its range.
+    """
+
+    fields: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        for name, what in self.fields.items():
+            if name not in _FIELDS:
+                raise ConfigError(unknown_name("field", name, _FIELDS))
+            if name in _NEVER_SEARCHED and isinstance(what, Range | tuple):
+                raise ConfigError(f"{name} can't be searched: {_NEVER_SEARCHED[name]}")
+            for value in _extremes(what):
+                try:
+                    TrainConfig.from_dict({name: value})
+                except ConfigError as error:
+                    raise ConfigError(f"space: {error}") from error
+            if isinstance(what, Range) and _FIELDS[name].type not in (int, float):
+                raise ConfigError(f"space: {name} takes a list of choices, not a range")
+
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """Names of the fields that differ between trials."""
+        return tuple(
+            name for name, what in self.fields.items() if isinstance(what, Range | tuple)
+        )
+
+    def replace(self, **fields: Any) -> "SearchSpace":
+        """This space with some fields as given."""
+        return SearchSpace(fields={**self.fields, **fields})
+
+    def suggest(self, trial: optuna.Trial, *, seed: int) -> TrainConfig:
+        """What Optuna proposes for this trial; a trial that has its values keeps them."""
+        values: dict[str, Any] = {"seed": seed}
+        for name, what in self.fields.items():
+            if isinstance(what, tuple):
+                values[name] = trial.suggest_categorical(name, what)
+            elif not isinstance(what, Range):
+                values[name] = what
+            elif _FIELDS[name].type is int:
+                values[name] = trial.suggest_int(name, int(what.low), int(what.high), log=what.log)
+            else:
+                values[name] = trial.suggest_float(name, what.low, what.high, log=what.log)
+        return TrainConfig.from_dict(values)
+
+    def to_json(self) -> dict[str, Any]:
+        """In the form of a space file."""
+        return {name: _plain(what) for name, what in self.fields.items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "SearchSpace":
+        """From the form of a space file. Raises ConfigError."""
+        return cls(fields={name: _parse(name, what) for name, what in values.items()})
+
+
+def read_space(path: Path) -> SearchSpace:
+    """The table [space] of a TOML file. Raises ConfigError, with the file's name."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"can't read the space file {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no TOML: {error}") from error
+    table = content.get("space")
+    if not isinstance(table, dict) or not table:
+        raise ConfigError(f"{path} has no table [space] with fields in it")
+    try:
+        return SearchSpace.from_json(table)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def default_space(
+    *, input_size: Sequence[int], num_train: int, flips: bool, accelerated: bool
+) -> SearchSpace:
+    """A space for images of this size (C, H, W) on a GPU (`accelerated`) or a CPU.
+
+    Few dimensions, since fifty trials can't search many. Epochs come from the number of training
+    images: a CPU is given about 600,000 images a trial to train on, a GPU two million.
+    """
+    side = max(input_size[1:])
+    if accelerated:
+        small = ("resnet20", "resnet18", "efficientnet_b0")
+        backbones = small if side <= 64 else ("resnet18", "resnet50", "efficientnet_b0")
+        images, least, most = 2_000_000, 10, 60
+    else:
+        backbones = ("smallcnn", "resnet8", "resnet20")
+        if side <= 16:
+            backbones = backbones[:2]
+        elif side > 64:
+            backbones = ("mobilenet_v3_small", "resnet18")
+        images, least, most = 600_000, 5, 30
+    return SearchSpace(
+        fields={
+            "lr": Range(low=3e-4, high=3e-2, log=True),
+            "batch_size": (32, 64, 128) if num_train < 5_000 else (64, 128, 256),
+            "backbone": backbones,
+            "weight_decay": Range(low=1e-4, high=1e-1, log=True),
+            "epochs": min(most, max(least, images // max(1, num_train))),
+            "optimizer": "adamw",
+            "schedule": "onecycle",
+            "flip": flips,
+            "translate": max(1, side // 16),
+        }
+    )
+
+
+def _parse(name: str, what: Any) -> Any:
+    if isinstance(what, Mapping):
+        try:
+            return Range(**what)
+        except TypeError as error:
+            raise ConfigError(
+                f"{name}: a range is {{ low = ..., high = ..., log = true }}, got {dict(what)}"
+            ) from error
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+    if isinstance(what, list | tuple):
+        if not what:
+            raise ConfigError(f"{name}: a list of choices can't be empty")
+        if len({(type(choice), choice) for choice in what}) != len(what):
+            raise ConfigError(f"{name}: a choice stands twice in {list(what)}")
+        return tuple(what)
+    return what
+
+
+def _plain(what: Any) -> Any:
+    if isinstance(what, Range):
+        return dataclasses.asdict(what)
+    return list(what) if isinstance(what, tuple) else what
+
+
+def _extremes(what: Any) -> Sequence[Any]:
+    if isinstance(what, Range):
+        return (what.low, what.high)
+    return what if isinstance(what, tuple) else (what,)

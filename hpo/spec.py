@@ -1,0 +1,90 @@
+"""StudySpec: all that a worker needs to know of a study, as JSON."""
+
+import dataclasses
+import importlib.metadata
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hpo.errors import UsageError
+from hpo.space import SearchSpace
+
+VERSION = 1
+
+
+def program_versions() -> dict[str, str]:
+    """Of what decides a trial's course: workers of one study must agree on them."""
+    return {
+        name: importlib.metadata.version(distribution)
+        for name, distribution in (("hpo", "hpo-vision"), ("optuna", "optuna"))
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySpec:
+    """The frozen description of a study; the budget, which may grow, is not part of it."""
+
+    data: str
+    """A source's name, or a folder's absolute path."""
+    fingerprint: str
+    """Of the data; a worker that finds other data under the same name refuses."""
+    space: SearchSpace
+    seed: int
+    eta: int = 4
+    """One in `eta` goes on at each rung."""
+    lease_seconds: float = 30.0
+    stall_seconds: float = 300.0
+    """Without an optimizer step, after which a worker counts as hanging."""
+    version: int = VERSION
+    versions: Mapping[str, str] = field(default_factory=program_versions)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UsageError(f"--seed must be >= 0, got {self.seed}")
+        if not 0 < self.lease_seconds <= 3600:
+            raise UsageError(f"a lease lasts up to an hour, got {self.lease_seconds} s")
+
+    @property
+    def epochs(self) -> int:
+        """Of a trial that is not stopped."""
+        return int(self.space.fields["epochs"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        values = dataclasses.asdict(self)
+        return {**values, "space": self.space.to_json(), "versions": dict(self.versions)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "StudySpec":
+        """Raises UsageError if the study was made by another version of this program."""
+        found = {"spec": values.get("version"), **values.get("versions", {})}
+        wanted = {"spec": VERSION, **program_versions()}
+        for name, version in wanted.items():
+            if found.get(name) != version:
+                raise UsageError(
+                    f"the study was made with {name} {found.get(name)}, here is {version}: "
+                    "use the same version, or another study"
+                )
+        return cls(**{**values, "space": SearchSpace.from_json(values["space"])})
+
+    def differences(self, given: Mapping[str, Any]) -> list[str]:
+        """Where options differ from this spec, in words.
+
+        given: `data`, `seed` and fields of the space; what is not in it is not compared.
+        """
+        mine = {**self.space.fields, "data": self.data, "seed": self.seed}
+        return [
+            f"{name} is {mine.get(name)!r} there and {value!r} here"
+            for name, value in given.items()
+            if mine.get(name) != value
+        ]
+
+
+def check_study_name(name: str) -> str:
+    """The name. Raises UsageError if it has other characters than letters, digits, '.', '_', '-'."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
+        raise UsageError(
+            f"a study's name has 1 to 64 of A-Z a-z 0-9 . _ -, got {name[:80]!r}"
+        )
+    return name

@@ -1,0 +1,83 @@
+"""What is known of a study, in the form that `--json` prints."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hpo.rungs import STEPS_PER_EPOCH
+from storage.snapshots import StudySnapshot, TrialSnapshot
+
+
+def best_trial(trials: Sequence[TrialSnapshot]) -> TrialSnapshot | None:
+    """The one that got farthest, of those the most accurate, of those the earliest.
+
+    A PRUNED trial may be it, one with a broken constraint or without a report may not.
+    """
+    candidates = [
+        trial
+        for trial in trials
+        if trial.state in ("COMPLETE", "PRUNED") and trial.is_feasible and trial.value is not None
+    ]
+    return max(candidates, key=_merit, default=None)
+
+
+def _merit(trial: TrialSnapshot) -> tuple[bool, int, float, int]:
+    # a trial that stopped early by its own patience is as far as one that did not
+    rung = 0 if trial.state == "COMPLETE" else trial.steps[-1]
+    assert trial.value is not None
+    return trial.state == "COMPLETE", rung, trial.value, -trial.number
+
+
+def num_epochs(study: StudySnapshot) -> float:
+    """Epochs trained by all trials together."""
+    return sum(trial.steps[-1] for trial in study.trials if trial.steps) / STEPS_PER_EPOCH
+
+
+def describe(trial: TrialSnapshot) -> dict[str, Any]:
+    """A trial as the best one of a study is shown."""
+    return {"number": trial.number, "value": trial.value, "params": dict(trial.params)}
+
+
+def status_json(name: str, study: StudySnapshot) -> dict[str, Any]:
+    """As DESIGN's contract has it."""
+    best = best_trial(study.trials)
+    return {
+        "study": name,
+        "budget": study.budget,
+        "complete": study.count("COMPLETE"),
+        "pruned": study.count("PRUNED"),
+        "failed": study.count("FAIL"),
+        "running": study.count("RUNNING"),
+        "waiting": study.count("WAITING"),
+        "num_epochs": num_epochs(study),
+        "seconds": study.seconds,
+        "best": None if best is None else describe(best),
+        "workers": [
+            {
+                "id": worker.id,
+                "host": worker.host,
+                "pid": worker.pid,
+                "device": worker.device,
+                "trial": worker.trial,
+                "epoch": None if worker.trial is None else (worker.step or 0) / STEPS_PER_EPOCH,
+            }
+            for worker in study.workers
+        ],
+    }
+
+
+def trials_json(study: StudySnapshot) -> list[dict[str, Any]]:
+    """As DESIGN's contract has it: values are validation accuracies at the steps."""
+    return [
+        {
+            "number": trial.number,
+            "state": trial.state,
+            "value": trial.value,
+            "params": dict(trial.params),
+            "steps": list(trial.steps),
+            "values": list(trial.values),
+            "attempts": trial.attempts,
+            "reason": trial.attributes.get("reason"),
+            "seconds": trial.seconds,
+        }
+        for trial in study.trials
+    ]

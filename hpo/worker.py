@@ -1,0 +1,198 @@
+"""A worker: one process, bound to one device. Claim, train, report, tell, until nothing is left."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import types
+from dataclasses import dataclass, field
+
+from hpo.errors import ExitCode, UsageError
+from hpo.objective import TrialRun
+from hpo.spec import StudySpec
+from storage import leases
+from storage.database import OUTAGE_SECONDS, Database
+from storage.errors import LeaseLost, StudyNotFound
+from storage.leases import Lease, NoWork
+from storage.schema import ensure_tables
+from storage.studies import OpenStudy, find_study
+from trainer.data.registry import load
+
+logger = logging.getLogger(__name__)
+_BUSY_POLL_SECONDS = 1.0
+_LEAVE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Leave(Exception):
+    """This worker is to give its trial back and go."""
+
+
+class TrialTaken(Exception):
+    """Somebody else has the trial: stop quietly."""
+
+
+@dataclass
+class Pulse:
+    """What the training thread, the keeper thread and the signals tell one another."""
+
+    last_beat: float = field(default_factory=time.monotonic)
+    leaving: threading.Event = field(default_factory=threading.Event)
+    taken: bool = False
+
+    def beat(self) -> None:
+        """Called before each batch. Raises Leave or TrialTaken where the training must end."""
+        self.last_beat = time.monotonic()
+        if self.leaving.is_set():
+            raise Leave
+        if self.taken:
+            raise TrialTaken
+
+
+class LeaseKeeper(threading.Thread):
+    """Shows that the worker lives, and renews its lease while its training advances.
+
+    Survives whatever the database does: it simply tries again. Three times in a lease's time.
+    """
+
+    def __init__(self, database: Database, worker_id: str, spec: StudySpec, pulse: Pulse) -> None:
+        super().__init__(name="lease-keeper", daemon=True)
+        self._database, self._worker_id = database, worker_id
+        self._spec, self._pulse = spec, pulse
+        self.lease: Lease | None = None
+
+    def run(self) -> None:
+        """Until the process ends."""
+        while True:
+            time.sleep(self._spec.lease_seconds / 3)
+            lease = self.lease
+            if lease is not None and self._stalls():
+                logger.warning("no batch in %.0f s: the lease runs out", self._spec.stall_seconds)
+                lease = None
+            try:
+                renewal = leases.renew(
+                    self._database,
+                    lease,
+                    self._worker_id,
+                    lease_seconds=self._spec.lease_seconds,
+                )
+            except Exception as error:
+                logger.warning("can't renew the lease now: %s", " ".join(str(error).split())[:200])
+                continue
+            if not renewal.study_goes_on:
+                self._pulse.leaving.set()
+            if not renewal.holds_lease and lease is self.lease:
+                self._pulse.taken = True
+
+    def _stalls(self) -> bool:
+        return time.monotonic() - self._pulse.last_beat > self._spec.stall_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launched:
+    """A worker that a launcher started: under which name, and by which process."""
+
+    worker_id: str
+    launcher_pid: int
+
+
+class Worker:
+    """Runs trials of one study on one device."""
+
+    def __init__(
+        self, database: Database, study_name: str, *, device: str, launched: Launched | None = None
+    ) -> None:
+        """Raises StorageError, StudyNotFound, UsageError or DataError if it can't begin."""
+        self._database, self._device = database, device
+        self._pulse = Pulse()
+        database.open()
+        database.patience_seconds = OUTAGE_SECONDS
+        database.cancelled = self._pulse.leaving
+        ensure_tables(database)
+        record = find_study(database, study_name)
+        self._spec = StudySpec.from_json(record.spec)
+        self._study = OpenStudy(database, record)
+        self._data = load(self._spec.data, seed=self._spec.seed)
+        if self._data.fingerprint != self._spec.fingerprint:
+            raise UsageError(
+                f"{self._spec.data} is not the data that the study was made with: "
+                "its fingerprint differs"
+            )
+        host = socket.gethostname()
+        self._launched = launched
+        self._worker_id = launched.worker_id if launched else f"{host}-{os.getpid()}"
+        leases.register_worker(
+            database, record.study_id, self._worker_id, host=host, pid=os.getpid(), device=device
+        )
+        self._keeper = LeaseKeeper(database, self._worker_id, self._spec, self._pulse)
+
+    def run(self) -> ExitCode:
+        """Work until the study has no more for this worker."""
+        for received in _LEAVE:
+            signal.signal(received, self._on_signal)
+        self._keeper.start()
+        try:
+            return self._work()
+        except (StudyNotFound, Leave):
+            return ExitCode.DONE
+        finally:
+            self._database.patience_seconds = 5.0
+            leases.forget_worker(self._database, self._worker_id)
+
+    def _work(self) -> ExitCode:
+        while not self._pulse.leaving.is_set():
+            if self._launched and self._launched.launcher_pid != os.getppid():
+                logger.warning("the launcher is gone: leaving")
+                return ExitCode.INTERRUPTED
+            claimed = leases.claim(
+                self._database,
+                self._study.record.study_id,
+                self._worker_id,
+                lease_seconds=self._spec.lease_seconds,
+            )
+            if isinstance(claimed, Lease):
+                self._run_trial(claimed)
+            elif claimed is NoWork.BUSY:
+                self._pulse.leaving.wait(min(_BUSY_POLL_SECONDS, self._spec.lease_seconds / 5))
+            else:
+                logger.info("nothing to do: %s", claimed.value)
+                failing = claimed is NoWork.FAILING
+                return ExitCode.STUDY_FAILS if failing else ExitCode.DONE
+        return ExitCode.INTERRUPTED
+
+    def _run_trial(self, lease: Lease) -> None:
+        self._pulse.taken, self._pulse.last_beat = False, time.monotonic()
+        self._keeper.lease = lease
+        try:
+            trial = TrialRun(
+                self._study,
+                self._spec,
+                lease,
+                self._data,
+                device=self._device,
+                pulse=self._pulse.beat,
+            )
+            logger.info("trial %d: attempt %d", trial.number, lease.attempts)
+            try:
+                outcome = trial.run()
+            except (Leave, LeaseLost, TrialTaken):
+                raise
+            except Exception as error:
+                if self._pulse.leaving.is_set():
+                    raise Leave from error
+                logger.exception("trial %d failed", trial.number)
+                outcome = trial.fail(error)
+            logger.info("trial %d: %s, %s", trial.number, outcome.state.name, outcome.reason)
+        except Leave:
+            leases.release(self._database, lease)
+            raise
+        except (LeaseLost, TrialTaken):
+            logger.warning("the lease is gone: somebody else has the trial")
+        finally:
+            self._keeper.lease = None
+
+    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
+        if self._pulse.leaving.is_set():
+            os._exit(ExitCode.INTERRUPTED)
+        self._pulse.leaving.set()

@@ -1,0 +1,1 @@
+"""Postgres and files: the study, the leases, the checkpoints."""

@@ -1,0 +1,186 @@
+"""URL -> engine. The one place that knows drivers, pools, time-outs and retries."""
+
+import contextlib
+import logging
+import os
+import random
+import select
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import psycopg2
+import psycopg2.extensions
+import sqlalchemy
+from sqlalchemy import pool as sqlalchemy_pool
+
+from storage.embedded import EmbeddedPostgres
+from storage.errors import DatabaseUnreachable, StorageError
+from storage.home import home
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+FIRST_ANSWER_SECONDS = 10.0
+"""How long a command tries for its first connection."""
+OUTAGE_SECONDS = 900.0
+"""How long running workers and launchers wait for a database that has gone."""
+_CONNECT_SECONDS = 5.0
+_STATEMENT_SECONDS = 15
+_ANSWER_SECONDS = 20.0
+"""Of silence until a connection counts as dead, also one whose server is stopped."""
+_DRIVER = "postgresql+psycopg2"
+
+
+def normalise_url(url: str) -> sqlalchemy.URL:
+    """The URL with our driver. Raises StorageError, without the password, if it isn't Postgres."""
+    try:
+        parsed = sqlalchemy.make_url(url)
+        name = parsed.drivername.split("+")[0]
+    except (sqlalchemy.exc.ArgumentError, ValueError) as error:
+        raise StorageError(
+            "the storage is no database URL: give postgresql://USER@HOST:PORT/DATABASE"
+        ) from error
+    if name not in ("postgres", "postgresql"):
+        raise StorageError(
+            f"{name} can't hold a study: give a Postgres, postgresql://USER@HOST:PORT/DATABASE, "
+            "or leave --storage out for the embedded one"
+        )
+    return parsed.set(drivername=_DRIVER)
+
+
+class Database:
+    """A Postgres and how this process talks to it: few connections, each call bounded in time.
+
+    One connection is kept, a second one is opened while two threads need one.
+    """
+
+    def __init__(self, url: str | None = None) -> None:
+        """url: any Postgres URL; None: HPO_STORAGE, or else the embedded server of HPO_HOME."""
+        url = url or os.environ.get("HPO_STORAGE")
+        self.embedded = None if url else EmbeddedPostgres(home() / "postgres")
+        self.url = normalise_url(url) if url else None
+        self.patience_seconds = FIRST_ANSWER_SECONDS
+        self.cancelled = threading.Event()
+        """Set: no more waiting, what fails now has failed."""
+        self.pool: sqlalchemy_pool.Pool = sqlalchemy_pool.QueuePool(
+            self._connect, pool_size=1, max_overflow=2, pre_ping=True, timeout=60, use_lifo=True
+        )
+        self.engine = sqlalchemy.create_engine(f"{_DRIVER}://", pool=self.pool)
+
+    @property
+    def name(self) -> str:
+        """For people: where the database is, never the password."""
+        if self.url is None:
+            return "the embedded Postgres"
+        return f"Postgres at {self.url.host or 'the local socket'}:{self.url.port or 5432}"
+
+    def open(self) -> None:
+        """Make sure that the database answers. Raises DatabaseUnreachable or StorageError."""
+        if self.embedded is not None:
+            self.embedded.join()
+
+        def first_answer() -> None:
+            with self.engine.connect() as connection:
+                connection.exec_driver_sql("SELECT 1")
+
+        self.patiently(first_answer)
+
+    def patiently(self, call: Callable[[], Result]) -> Result:
+        """The result of `call`, tried again with growing pauses while the database is away.
+
+        `call` must be safe to run again when it is not known whether its COMMIT went through.
+        Raises DatabaseUnreachable when `patience_seconds` are over, StorageError for what waiting
+        doesn't mend (a wrong password, missing rights).
+        """
+        deadline = time.monotonic() + self.patience_seconds
+        pause = 0.05
+        told = False
+        while True:
+            try:
+                return call()
+            except Exception as error:
+                reason = outage(error)
+                if reason is None:
+                    raise
+                if hopeless(reason):
+                    raise StorageError(f"{self.name} refuses: {reason}") from None
+                if time.monotonic() + pause > deadline or self.cancelled.is_set():
+                    raise DatabaseUnreachable(
+                        f"{self.name} gives no answer: {reason}"
+                    ) from None
+                if not told and pause > 0.5:
+                    told = True
+                    logger.warning("waiting for the database: %s", reason)
+                self.cancelled.wait(pause * random.uniform(0.5, 1.0))
+                pause = min(2 * pause, 5.0)
+                if self.embedded is not None:
+                    with contextlib.suppress(DatabaseUnreachable):
+                        self.embedded.ensure()
+
+    def _connect(self) -> psycopg2.extensions.connection:
+        psycopg2.extensions.set_wait_callback(_wait)
+        given: dict[str, Any]
+        if self.embedded is not None:
+            given = dict(self.embedded.parameters)
+        else:
+            assert self.url is not None
+            given = {"host": self.url.host, "port": self.url.port, "dbname": self.url.database,
+                     "user": self.url.username, "password": self.url.password}  # fmt: skip
+            given |= dict(self.url.query)
+        options = f"-c statement_timeout={_STATEMENT_SECONDS}s -c lock_timeout=10s -c timezone=UTC"
+        given["options"] = f"{given.get('options') or ''} {options}"
+        given.setdefault("application_name", "hpo")
+        given.setdefault("keepalives_idle", 5)
+        given.setdefault("keepalives_interval", 5)
+        given.setdefault("keepalives_count", 3)
+        given.setdefault("tcp_user_timeout", int(_ANSWER_SECONDS * 1000))
+        return psycopg2.connect(**{key: value for key, value in given.items() if value is not None})
+
+
+def outage(error: BaseException) -> str | None:
+    """Why the database could not be asked, in one line; None if this is another kind of error.
+
+    Optuna wraps what SQLAlchemy raises, SQLAlchemy what psycopg2 raises.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, psycopg2.OperationalError | psycopg2.InterfaceError):
+            return " ".join(str(cause).split()) or type(cause).__name__
+        if isinstance(cause, sqlalchemy.exc.TimeoutError):
+            return "all connections of this process are busy"
+        cause = getattr(cause, "orig", None) or cause.__cause__
+    return None
+
+
+def hopeless(reason: str) -> bool:
+    """Whether waiting won't help."""
+    signs = (
+        "authentication failed", "no password supplied", "no pg_hba.conf entry",
+        "does not exist", "invalid connection option", "root certificate file",
+    )  # fmt: skip
+    return any(sign in reason for sign in signs)
+
+
+def _wait(connection: psycopg2.extensions.connection) -> None:
+    """Wait for the server, but not for ever: libpq has no client-side time-out of its own.
+
+    A server that is stopped or behind a black hole neither answers nor closes.
+    """
+    connecting = connection.status == psycopg2.extensions.STATUS_SETUP
+    patience_seconds = _CONNECT_SECONDS if connecting else _ANSWER_SECONDS
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        state = connection.poll()
+        if state == psycopg2.extensions.POLL_OK:
+            return
+        left = deadline - time.monotonic()
+        if left <= 0:
+            # the words by which SQLAlchemy knows a dead connection
+            raise psycopg2.OperationalError(
+                f"server closed the connection unexpectedly: no answer in {patience_seconds:.0f} s"
+            )
+        reads = [connection] if state == psycopg2.extensions.POLL_READ else []
+        writes = [connection] if state == psycopg2.extensions.POLL_WRITE else []
+        select.select(reads, writes, [], left)

@@ -1,0 +1,17 @@
+"""What can go wrong between us and the database. Each message is one line, for the user."""
+
+
+class StorageError(Exception):
+    """The database can't be used as it is: wrong kind, wrong schema, wrong rights."""
+
+
+class DatabaseUnreachable(StorageError):
+    """The database gave no answer for as long as we were willing to wait."""
+
+
+class StudyNotFound(StorageError):
+    """No study of that name in this database."""
+
+
+class LeaseLost(Exception):
+    """Somebody else has the trial, or it has ended: what was to be written is not written."""

@@ -1,0 +1,111 @@
+"""Our tables beside Optuna's: made once, whatever number of processes arrive at once."""
+
+import optuna
+import sqlalchemy
+from sqlalchemy import text
+
+from storage.database import Database
+from storage.errors import StorageError
+
+VERSION = 1
+_LOCK = 0x68706F  # "hpo", for pg_advisory_xact_lock
+
+_TABLES = """
+CREATE SEQUENCE hpo_tokens;
+
+CREATE TABLE hpo_studies (
+    study_id integer PRIMARY KEY REFERENCES studies ON DELETE CASCADE,
+    spec jsonb NOT NULL,
+    budget integer NOT NULL CHECK (budget > 0),
+    -- names the study's folder of checkpoints, so that two databases can share one root
+    checkpoint_key bigint NOT NULL,
+    launched_at timestamptz NOT NULL DEFAULT now(),
+    stop_requested boolean NOT NULL DEFAULT false,
+    deadline timestamptz,
+    test_openings integer NOT NULL DEFAULT 0
+);
+
+-- one row a trial, kept after its end: attempts and times are read from it
+CREATE TABLE hpo_leases (
+    lease_id bigserial PRIMARY KEY,
+    study_id integer NOT NULL REFERENCES hpo_studies ON DELETE CASCADE,
+    trial_id integer UNIQUE REFERENCES trials ON DELETE CASCADE,
+    token bigint NOT NULL,
+    worker_id text,
+    -- null: nobody holds it
+    expires_at timestamptz,
+    attempts integer NOT NULL DEFAULT 1,
+    -- in a row, without a new report
+    barren_attempts integer NOT NULL DEFAULT 1,
+    claimed_at timestamptz NOT NULL DEFAULT now(),
+    reported_at timestamptz,
+    images_per_second real,
+    ended_at timestamptz
+);
+CREATE INDEX hpo_leases_open ON hpo_leases (study_id) WHERE ended_at IS NULL;
+
+CREATE TABLE hpo_workers (
+    worker_id text PRIMARY KEY,
+    study_id integer NOT NULL REFERENCES hpo_studies ON DELETE CASCADE,
+    host text NOT NULL,
+    pid integer NOT NULL,
+    device text NOT NULL,
+    seen_at timestamptz NOT NULL DEFAULT now()
+);
+
+-- "which values were reported at this step": the rungs' question at each report
+CREATE INDEX hpo_values_by_step ON trial_intermediate_values (step, trial_id);
+
+CREATE TABLE hpo_schema (version integer NOT NULL);
+"""
+
+
+def ensure_tables(database: Database) -> None:
+    """Make Optuna's and our tables unless they are there.
+
+    Raises StorageError if they are those of another version of this program.
+    """
+    database.patiently(lambda: _ensure_tables(database))
+
+
+def _ensure_tables(database: Database) -> None:
+    if _version(database) is None:
+        with database.engine.begin() as connection:
+            # held while Optuna makes its tables over a second connection of this process
+            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+            if _version(database) is None:
+                try:
+                    optuna_storage(database, make_tables=True)
+                    connection.exec_driver_sql(_TABLES)
+                    connection.execute(
+                        text("INSERT INTO hpo_schema VALUES (:version)"), {"version": VERSION}
+                    )
+                except sqlalchemy.exc.ProgrammingError as error:
+                    reason = str(error.orig).splitlines()[0]
+                    raise StorageError(f"can't make the tables: {reason}") from error
+    version = _version(database)
+    if version != VERSION:
+        raise StorageError(
+            f"the database holds tables of version {version}, this program writes {VERSION}: "
+            "use the version of hpo that made them, or another database"
+        )
+
+
+def _version(database: Database) -> int | None:
+    with database.engine.connect() as connection:
+        if connection.execute(text("SELECT to_regclass('hpo_schema')")).scalar() is None:
+            return None
+        return connection.execute(text("SELECT version FROM hpo_schema")).scalar()
+
+
+def optuna_storage(database: Database, *, make_tables: bool = False) -> optuna.storages.RDBStorage:
+    """Optuna's own storage on our connections. Raises StorageError if its tables don't fit."""
+    try:
+        return optuna.storages.RDBStorage(
+            "postgresql+psycopg2://",
+            engine_kwargs={"pool": database.pool},
+            skip_table_creation=not make_tables,
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise StorageError(f"Optuna can't use the tables of this database: {reason}") from error

@@ -1,0 +1,268 @@
+"""The study: Optuna's, on our database, with what a worker needs to run it.
+
+The only module that knows which storage a study has, and what of Optuna's inside we rely on
+(held by contract tests): `Trial(study, trial_id)`, `study._storage`, and the sessions of
+RDBStorage.
+"""
+
+import json
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+from sqlalchemy import Connection, text
+
+from storage.database import Database, Result
+from storage.errors import LeaseLost, StorageError, StudyNotFound
+from storage.leases import Fence, Lease
+from storage.schema import optuna_storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRecord:
+    """What is stored of a study beside Optuna's tables; `spec` is JSON that hpo/ understands."""
+
+    study_id: int
+    name: str
+    spec: Mapping[str, Any]
+    budget: int
+    checkpoint_key: int
+    test_openings: int
+
+
+def find_studies(database: Database) -> list[StudyRecord]:
+    """All studies that this program made, oldest first."""
+
+    def query() -> list[StudyRecord]:
+        with database.engine.connect() as connection:
+            return [StudyRecord(**row._mapping) for row in connection.execute(_STUDIES)]
+
+    return database.patiently(query)
+
+
+def find_study(database: Database, name: str) -> StudyRecord:
+    """The study of this name. Raises StudyNotFound."""
+    for record in find_studies(database):
+        if record.name == name:
+            return record
+    raise StudyNotFound(name)
+
+
+def create_study(
+    database: Database, name: str, *, spec: Mapping[str, Any], budget: int
+) -> StudyRecord:
+    """Make the study, or find it: whoever comes second gets what the first one made.
+
+    Raises StorageError if the name belongs to an Optuna study that is not ours.
+    """
+
+    def transaction() -> None:
+        with database.engine.begin() as connection:
+            connection.execute(_LOCK_NAME, {"name": name})
+            if connection.execute(_IS_OURS, {"name": name}).scalar():
+                return
+            if connection.execute(_IS_THERE, {"name": name}).scalar():
+                raise StorageError(
+                    f"the database holds an Optuna study {name!r} that hpo did not make: "
+                    "give another --study"
+                )
+            given = {
+                "name": name,
+                "spec": json.dumps(spec),
+                "budget": budget,
+                "key": secrets.randbits(62),
+            }
+            connection.execute(_CREATE, given)
+
+    database.patiently(transaction)
+    return find_study(database, name)
+
+
+def relaunch(
+    database: Database, study_id: int, *, budget: int | None, timeout_seconds: float | None
+) -> None:
+    """Let a study go on: not stopped any more, its failures so far forgiven."""
+    given = {"study": study_id, "budget": budget, "timeout": timeout_seconds}
+    _execute(database, _RELAUNCH, given)
+
+
+def request_stop(database: Database, study_id: int) -> None:
+    """Workers of the study give their trials back and leave; `relaunch` undoes it."""
+    _execute(database, _STOP, {"study": study_id})
+
+
+def count_test_opening(database: Database, study_id: int) -> int:
+    """Record that the test split is opened; returns how often it has been, this time included."""
+    return int(_execute(database, _OPEN_TEST, {"study": study_id}))
+
+
+class OpenStudy:
+    """An Optuna study whose every write goes through the fence of a lease.
+
+    Calls are repeated while the database is away, and are safe to repeat.
+    """
+
+    def __init__(self, database: Database, record: StudyRecord) -> None:
+        """Raises StudyNotFound if the study is gone."""
+        self.record = record
+        self._database = database
+        storage = optuna_storage(database)
+        self._fence = Fence(storage)
+        try:
+            self.study = optuna.load_study(study_name=record.name, storage=storage)
+        except KeyError as error:
+            raise StudyNotFound(record.name) from error
+
+    def bind(self, lease: Lease) -> int:
+        """The trial id of the lease: its own, or that of a new trial, bound as it is made."""
+        if lease.trial_id is not None:
+            return lease.trial_id
+
+        def ask() -> int:
+            bound = _bound_trial(self._database, lease)
+            if bound is not None:
+                return bound  # the COMMIT of an earlier try went through
+            with self._fence.binding(lease):
+                return self.study._storage.create_new_trial(self.study._study_id)
+
+        return self._database.patiently(ask)
+
+    def trial(self, trial_id: int) -> optuna.Trial:
+        """A fresh handle, with all that the database has of the trial."""
+        return self._database.patiently(lambda: optuna.Trial(self.study, trial_id))
+
+    def write(self, lease: Lease, call: Callable[[], Result]) -> Result:
+        """`call` under the fence: suggestions, attributes, constraints. Raises LeaseLost."""
+
+        def fenced() -> Result:
+            with self._fence.holding(lease):
+                return call()
+
+        return self._database.patiently(fenced)
+
+    def report(
+        self, lease: Lease, trial_id: int, step: int, value: float, *, images_per_second: float
+    ) -> None:
+        """Store an intermediate value. A step reported twice keeps its first value."""
+
+        def fenced() -> None:
+            with self._fence.reporting(lease, images_per_second=images_per_second):
+                self.study._storage.set_trial_intermediate_value(trial_id, step, value)
+
+        self._database.patiently(fenced)
+
+    def values_at(self, step: int, *, except_trial_id: int) -> list[tuple[int, float]]:
+        """(trial number, value) of every trial of the study that reported at `step`."""
+        given = {"study": self.record.study_id, "step": step, "trial": except_trial_id}
+
+        def query() -> list[tuple[int, float]]:
+            with self._database.engine.connect() as connection:
+                rows = connection.execute(_VALUES_AT, given)
+                return [(row.number, row.intermediate_value) for row in rows]
+
+        return self._database.patiently(query)
+
+    def end(
+        self, lease: Lease, trial_id: int, state: TrialState, *, value: float | None, reason: str
+    ) -> None:
+        """End the trial and its lease in one transaction; the reason stays with the trial.
+
+        Raises LeaseLost if the trial was somebody else's.
+        """
+
+        def fenced() -> None:
+            if _ended_as(self._database, lease, state):
+                return  # the COMMIT of an earlier try went through
+            storage = self.study._storage
+            with self._fence.holding(lease):
+                storage.set_trial_user_attr(trial_id, "reason", reason)
+            values = None if value is None else [value]
+            with self._fence.ending(lease):
+                storage.set_trial_state_values(trial_id, state, values)
+
+        try:
+            self._database.patiently(fenced)
+        except optuna.exceptions.UpdateFinishedTrialError as error:
+            raise LeaseLost("the trial was ended by somebody else") from error
+
+
+def _bound_trial(database: Database, lease: Lease) -> int | None:
+    with database.engine.connect() as connection:
+        given = {"lease": lease.lease_id, "token": lease.token}
+        return connection.execute(_BOUND_TRIAL, given).scalar()
+
+
+def _ended_as(database: Database, lease: Lease, state: TrialState) -> bool:
+    with database.engine.connect() as connection:
+        given = {"lease": lease.lease_id, "token": lease.token, "state": state.name}
+        return bool(connection.execute(_ENDED_AS, given).scalar())
+
+
+def _execute(database: Database, statement: Any, given: Mapping[str, Any]) -> Any:
+    def transaction() -> Any:
+        with database.engine.begin() as connection:
+            return _scalar(connection, statement, given)
+
+    return database.patiently(transaction)
+
+
+def _scalar(connection: Connection, statement: Any, given: Mapping[str, Any]) -> Any:
+    result = connection.execute(statement, dict(given))
+    return result.scalar() if result.returns_rows else None
+
+
+_STUDIES = text("""
+    SELECT s.study_id, o.study_name AS name, s.spec, s.budget, s.checkpoint_key, s.test_openings
+    FROM hpo_studies s JOIN studies o USING (study_id) ORDER BY s.study_id
+""")
+
+_LOCK_NAME = text("SELECT pg_advisory_xact_lock(hashtextextended('hpo:' || :name, 0))")
+
+_IS_OURS = text("SELECT count(*) FROM hpo_studies JOIN studies USING (study_id) "
+                "WHERE study_name = :name")  # fmt: skip
+
+_IS_THERE = text("SELECT count(*) FROM studies WHERE study_name = :name")
+
+# Optuna's rows and ours in one transaction: there is no study without a spec
+_CREATE = text("""
+    WITH study AS (INSERT INTO studies (study_name) VALUES (:name) RETURNING study_id),
+    direction AS (
+        INSERT INTO study_directions (direction, study_id, objective)
+        SELECT 'MAXIMIZE', study_id, 0 FROM study)
+    INSERT INTO hpo_studies (study_id, spec, budget, checkpoint_key)
+    SELECT study_id, CAST(:spec AS jsonb), :budget, :key FROM study
+""")
+
+_RELAUNCH = text("""
+    UPDATE hpo_studies SET stop_requested = false, launched_at = now(),
+        budget = coalesce(CAST(:budget AS integer), budget),
+        deadline = now() + make_interval(secs => CAST(:timeout AS float))
+    WHERE study_id = :study
+""")
+
+_STOP = text("UPDATE hpo_studies SET stop_requested = true WHERE study_id = :study")
+
+_OPEN_TEST = text("""
+    UPDATE hpo_studies SET test_openings = test_openings + 1 WHERE study_id = :study
+    RETURNING test_openings
+""")
+
+_VALUES_AT = text("""
+    SELECT t.number, v.intermediate_value FROM trial_intermediate_values v JOIN trials t
+        USING (trial_id)
+    WHERE t.study_id = :study AND v.step = :step AND v.trial_id <> :trial
+        AND v.intermediate_value_type = 'FINITE'
+""")
+
+_BOUND_TRIAL = text("""
+    SELECT trial_id FROM hpo_leases WHERE lease_id = :lease AND token = :token
+""")
+
+_ENDED_AS = text("""
+    SELECT count(*) FROM hpo_leases l JOIN trials t USING (trial_id)
+    WHERE l.lease_id = :lease AND l.token = :token AND l.ended_at IS NOT NULL
+        AND t.state::text = :state
+""")

@@ -1,0 +1,1 @@
+"""Pure PyTorch: a TrainConfig and an ImageDataset in, ProgressReports and a trained model out."""

@@ -1,0 +1,1 @@
+"""Data sources: labelled images as uint8 tensors, with fixed splits."""

@@ -1,0 +1,51 @@
+"""Where downloaded data sets lie, and how one gets there whole or not at all."""
+
+import contextlib
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import platformdirs
+
+from trainer.config import DataError
+
+_SILENCE_SECONDS = 30.0
+
+
+def data_root() -> Path:
+    """The folder of data sets: HPO_DATA, else the platform's cache folder for hpo."""
+    if named := os.environ.get("HPO_DATA"):
+        return Path(named).expanduser().absolute()
+    return Path(platformdirs.user_cache_dir("hpo")) / "data"
+
+
+def fetch(name: str, download: Callable[[Path], Path], target: str, way_out: str) -> None:
+    """Download a data set into a folder of the data root, each file in one step.
+
+    download: gets an empty folder and returns the one below it that holds the files.
+    Raises DataError, one line that ends with the way out, if the network or the disk refuses.
+    """
+    root = data_root()
+    silence = socket.getdefaulttimeout()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(_SILENCE_SECONDS)
+        # torchvision prints; stdout belongs to results
+        with (
+            tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder,
+            contextlib.redirect_stdout(sys.stderr),
+        ):
+            files = sorted(download(Path(folder)).iterdir())
+            (root / target).mkdir(parents=True, exist_ok=True)
+            for file in files:
+                os.replace(file, root / target / file.name)
+    except Exception as error:  # urllib, tarfile and torchvision have a dozen kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{name} is not whole under {root} and can't be downloaded ({reason}): {way_out}"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(silence)

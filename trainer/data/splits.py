@@ -1,0 +1,93 @@
+"""Stratified splits, drawn by a number alone, and a data set made of them."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.config import DataError
+from trainer.data.dataset import ImageDataset, Split, channel_statistics, check_split
+
+TEST_SHARE = 0.2
+"""Of a source without an official test split."""
+
+
+def validation_share(num_images: int) -> float:
+    """What part of that many training images is kept for validation."""
+    return 0.1 if num_images >= 20_000 else 0.2
+
+
+def draw(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the rest and of the drawn images, each in rising order. labels: int64 (N,).
+
+    Every class gives its share (largest remainder), and has an image on each side if it has two.
+    The order is that of PCG64's raw numbers, whose stream numpy never changes.
+    """
+    classes = labels.numpy()
+    quotas = _quotas(np.bincount(classes), share)
+    keys = np.random.PCG64(seed).random_raw(len(classes))
+    order = np.argsort(keys, kind="stable")
+    drawn = np.zeros(len(classes), dtype=bool)
+    for label, quota in enumerate(quotas):
+        drawn[order[classes[order] == label][:quota]] = True
+    return torch.from_numpy(np.flatnonzero(~drawn)), torch.from_numpy(np.flatnonzero(drawn))
+
+
+def draw_test(labels: Tensor, fingerprint: str) -> tuple[Tensor, Tensor]:
+    """Indices for training and for the test split, which the fingerprint alone decides."""
+    return draw(labels, TEST_SHARE, int(fingerprint, 16))
+
+
+def make_dataset(
+    *,
+    name: str,
+    training: Split,
+    class_names: tuple[str, ...],
+    fingerprint: str,
+    flips: bool,
+    open_test: Callable[[], Split],
+    seed: int,
+    val: Split | None = None,
+) -> ImageDataset:
+    """The data set of a source; without a val of its own it is drawn from training by the seed.
+
+    Raises DataError if there is nothing to draw, or the parts don't fit together.
+    """
+    train = training
+    if val is None:
+        share = validation_share(len(training))
+        rest, drawn = draw(training.labels, share, seed)
+        train, val = training.take(rest), training.take(drawn)
+    if not len(train) or not len(val):
+        raise DataError(f"{name}: too few images for training and validation ({len(training)})")
+    mean, std = channel_statistics(train.images)
+
+    def read_test() -> Split:
+        test = check_split(open_test(), data.input_size, data.num_classes)
+        if not len(test):
+            raise DataError(f"{name}: the test split has no images")
+        return test
+
+    data = ImageDataset(
+        name=name,
+        train=train,
+        val=val,
+        class_names=class_names,
+        mean=mean,
+        std=std,
+        fingerprint=fingerprint,
+        flips=flips,
+        open_test=read_test,
+    )
+    return data
+
+
+def _quotas(counts: "np.ndarray[tuple[int], np.dtype[np.int64]]", share: float) -> list[int]:
+    exact = counts * share
+    quotas = np.floor(exact).astype(np.int64)
+    missing = round(float(share * counts.sum())) - int(quotas.sum())
+    largest_first = np.argsort(quotas - exact, kind="stable")
+    quotas[largest_first[: max(missing, 0)]] += 1
+    low = np.minimum(1, counts // 2)
+    return [int(quota) for quota in np.clip(quotas, low, np.maximum(counts - 1, 0))]

@@ -1,0 +1,182 @@
+"""What this hardware is and how to use it: devices, precision, memory format, threads."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainer.backbones import Shape, build
+from trainer.config import ConfigError, TrainConfig, unknown_name
+
+Precision = Literal["fp32", "bf16"]
+
+PROBE_ROUNDS = 3
+PROBE_STEP_SECONDS = 0.04
+"""A timed step's length is brought near this by its number of images (8 to 64)."""
+PROBE_MARGIN = 1.05
+"""What another plan must be faster by to be taken instead of plain fp32."""
+
+_probed: dict[tuple[object, ...], "DevicePlan"] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DevicePlan:
+    """How a training uses its device; chosen at its start, it stays with it.
+
+    Raises ConfigError if a field is out of its range.
+    """
+
+    device: str
+    """"cpu", "cuda:0" or "mps"."""
+    precision: Precision = "fp32"
+    """bf16 is autocast: weights and losses stay fp32."""
+    channels_last: bool = False
+    """Images and filters lie in memory channel by channel for each pixel."""
+    micro_batch: int | None = None
+    """At most as many images at once, gradients are added up; >= 2; None is the whole batch."""
+    num_threads: int = 1
+    """CPU threads of one operation; sums, and so results, depend on it."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise ConfigError(unknown_name("precision", self.precision, get_args(Precision)))
+        if self.micro_batch is not None and self.micro_batch < 2:
+            raise ConfigError(f"micro_batch must be >= 2, got {self.micro_batch}")
+        if self.num_threads < 1:
+            raise ConfigError(f"num_threads must be >= 1, got {self.num_threads}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "DevicePlan":
+        """The plan of these fields. Raises ConfigError if one is unknown or out of range."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(unknown_name("field", name, known))
+        return cls(**values)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """The model on the device, in the plan's memory format."""
+        model = model.to(self.device)
+        if self.channels_last:
+            for parameter in model.parameters():
+                if parameter.ndim == 4:
+                    parameter.data = parameter.data.to(memory_format=torch.channels_last)
+        return model
+
+    def lay_out(self, images: Tensor) -> Tensor:
+        """images (N,C,H,W) in the plan's memory format."""
+        if self.channels_last:
+            return images.contiguous(memory_format=torch.channels_last)
+        return images.contiguous()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which the model is called."""
+        return torch.autocast(
+            torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"
+        )
+
+
+def available_devices() -> list[str]:
+    """The accelerators of this machine by torch's names, or just the CPU: never empty."""
+    if torch.cuda.is_available():
+        return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return ["mps"] if torch.backends.mps.is_available() else ["cpu"]
+
+
+def prepare(device: str, num_threads: int) -> None:
+    """Set this process up for training: threads, denormals as zeros, TF32, cuDNN's search.
+
+    Denormal numbers are slow on CPUs; that flag belongs to the calling thread. Raises
+    ConfigError if the device isn't there.
+    """
+    if device != "cpu" and device not in available_devices():
+        known = ["cpu", *available_devices()]
+        raise ConfigError(unknown_name("device", device, known))
+    torch.set_num_threads(num_threads)
+    torch.set_flush_denormal(True)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.cudnn.benchmark = True
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU computes with bf16 itself (elsewhere it is emulated, and slow)."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(value is True for name, value in capabilities.items() if "bf16" in name)
+
+
+def choose_plan(
+    config: TrainConfig,
+    *,
+    input_size: Shape,
+    num_classes: int,
+    device: str,
+    num_threads: int = 1,
+) -> DevicePlan:
+    """The fastest way found to train this backbone here.
+
+    On CUDA bf16 with channels_last where the hardware has it; on a CPU a probe of a few
+    training steps, well below a second for small networks, once for each (backbone, size,
+    device, threads) in this process. Does not touch torch's random state.
+    """
+    prepare(device, num_threads)
+    plain = DevicePlan(device=device, num_threads=num_threads)
+    if device.startswith("cuda"):
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        precision: Precision = "bf16" if bf16 else "fp32"
+        return dataclasses.replace(plain, precision=precision, channels_last=bf16)
+    if device != "cpu":
+        return plain
+    key = (config.backbone, input_size, device, num_threads)
+    if key not in _probed:
+        last = dataclasses.replace(plain, channels_last=True)
+        candidates = [plain, last]
+        if has_fast_bf16():
+            candidates.append(dataclasses.replace(last, precision="bf16"))
+        config = dataclasses.replace(config, pretrained=False)
+        models = [build(config, input_size=input_size, num_classes=num_classes) for _ in candidates]
+        _probed[key] = _fastest(candidates, models, input_size)
+    return _probed[key]
+
+
+def _fastest(
+    candidates: list[DevicePlan], models: list[nn.Module], input_size: Shape
+) -> DevicePlan:
+    """The candidate of the shortest training step, the first one if it is nearly as short."""
+    models = [plan.place(model) for plan, model in zip(candidates, models, strict=True)]
+    _step_seconds(candidates[0], models[0], 8, input_size)  # loads kernels
+    first = _step_seconds(candidates[0], models[0], 8, input_size)
+    num_images = min(64, max(8, int(8 * PROBE_STEP_SECONDS / first)))
+    rounds = [
+        [
+            _step_seconds(plan, model, num_images, input_size)
+            for plan, model in zip(candidates, models, strict=True)
+        ]
+        for _ in range(PROBE_ROUNDS)
+    ]
+    seconds = [min(times) for times in zip(*rounds, strict=True)]
+    best = min(range(len(seconds)), key=seconds.__getitem__)
+    return candidates[best if seconds[0] > PROBE_MARGIN * seconds[best] else 0]
+
+
+def _step_seconds(plan: DevicePlan, model: nn.Module, num_images: int, size: Shape) -> float:
+    started = time.perf_counter()
+    images = plan.lay_out(
+        torch.linspace(-1, 1, num_images * size[0] * size[1] * size[2]).view(num_images, *size)
+    )
+    with plan.autocast():
+        logits = model(images)
+    loss = functional.cross_entropy(logits.float(), torch.zeros(num_images, dtype=torch.int64))
+    loss.backward()  # type: ignore[no-untyped-call]
+    return time.perf_counter() - started

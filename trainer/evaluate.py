@@ -1,0 +1,168 @@
+"""How good a model is on a split: loss, accuracy, recall, F1, confusion matrix."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainer.data.dataset import Split
+from trainer.device import DevicePlan
+
+PIXELS = {"cpu": 2**19, "mps": 2**23, "cuda": 2**24}
+"""Values of all images of a batch together."""
+
+
+def no_pulse() -> None:
+    """Nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A model on a split: loss is the mean cross-entropy; both are NaN without images."""
+
+    loss: float
+    accuracy: float
+    num_images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassMetrics:
+    """One class against the rest; what would be 0/0 is 0."""
+
+    precision: float
+    recall: float
+    f1: float
+    support: int
+    """Images of this class."""
+
+
+class Normaliser:
+    """uint8 (N,C,H,W) or float in 0..255 -> (x / 255 - mean) / std, float32, on a device."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: str) -> None:
+        self.shift = 255 * torch.tensor(mean, device=device).view(-1, 1, 1)
+        self.scale = 255 * torch.tensor(std, device=device).view(-1, 1, 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.float().sub(self.shift).div_(self.scale)
+
+
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    plan: DevicePlan,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    pulse: Callable[[], None] = no_pulse,
+) -> Evaluation:
+    """Loss and accuracy of the model, in large batches, with one wait for the device."""
+    if not len(split):
+        return Evaluation(loss=math.nan, accuracy=math.nan, num_images=0)
+    total_loss = torch.zeros((), device=plan.device)
+    num_correct = torch.zeros((), dtype=torch.int64, device=plan.device)
+    labels = split.labels.to(plan.device)
+    start = 0
+    for logits in _logits(model, split.images, plan, Normaliser(mean, std, plan.device), pulse):
+        batch_labels = labels[start : start + len(logits)]
+        total_loss += functional.cross_entropy(logits, batch_labels, reduction="sum")
+        num_correct += (logits.argmax(dim=1) == batch_labels).sum()
+        start += len(logits)
+    return Evaluation(
+        loss=float(total_loss) / start, accuracy=int(num_correct) / start, num_images=start
+    )
+
+
+def classify(
+    model: nn.Module,
+    images: Tensor,
+    plan: DevicePlan,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    pulse: Callable[[], None] = no_pulse,
+) -> Tensor:
+    """Logits (N,classes), float32 on the CPU, of uint8 images (N,C,H,W), N >= 1."""
+    normalise = Normaliser(mean, std, plan.device)
+    return torch.cat(list(_logits(model, images, plan, normalise, pulse))).cpu()
+
+
+def _logits(
+    model: nn.Module,
+    images: Tensor,
+    plan: DevicePlan,
+    normalise: Normaliser,
+    pulse: Callable[[], None],
+) -> Iterator[Tensor]:
+    """Logits (n,classes) batch by batch, on the device; the model's mode is as before after it."""
+    size = PIXELS[torch.device(plan.device).type] // images[0].numel()
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in images.split(max(8, min(2048, size))):
+            pulse()
+            yield _forward(model, batch, plan, normalise)
+    finally:
+        model.train(was_training)
+
+
+def _forward(model: nn.Module, batch: Tensor, plan: DevicePlan, normalise: Normaliser) -> Tensor:
+    with torch.no_grad(), plan.autocast():
+        logits: Tensor = model(plan.lay_out(normalise(batch.to(plan.device))))
+    return logits.float()
+
+
+def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
+    """int64 (classes,classes): row is the true class, column the predicted one.
+
+    logits: (N,classes); labels: int64 (N,).
+    """
+    num_classes = logits.shape[1]
+    cells = labels * num_classes + logits.argmax(dim=1)
+    return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def per_class(confusion: Tensor) -> list[ClassMetrics]:
+    """Precision, recall and F1 of each class. confusion: as confusion_matrix gives it."""
+    hits = confusion.diagonal().tolist()
+    support = confusion.sum(dim=1).tolist()
+    predicted = confusion.sum(dim=0).tolist()
+    return [
+        ClassMetrics(
+            precision=hit / max(1, guesses),
+            recall=hit / max(1, images),
+            f1=2 * hit / max(1, images + guesses),
+            support=images,
+        )
+        for hit, images, guesses in zip(hits, support, predicted, strict=True)
+    ]
+
+
+def macro_recall(confusion: Tensor) -> float:
+    """Mean recall of the classes that have images (balanced accuracy)."""
+    return _mean([metrics.recall for metrics in per_class(confusion) if metrics.support])
+
+
+def macro_f1(confusion: Tensor) -> float:
+    """Mean F1 of the classes that have images or were predicted (as scikit-learn's)."""
+    involved = (confusion.sum(dim=0) + confusion.sum(dim=1)).tolist()
+    classes = zip(per_class(confusion), involved, strict=True)
+    return _mean([metrics.f1 for metrics, images in classes if images])
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Confidence interval of a share (Wilson 1927); z = 1.96 is 95 %. (0, 1) without trials."""
+    if trials == 0:
+        return 0.0, 1.0
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,1 @@
+"""Export formats of a trained model, each verified against it."""

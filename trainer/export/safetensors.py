@@ -1,0 +1,38 @@
+"""safetensors: the weights alone; the network is rebuilt from the manifest's config."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from trainer.backbones import build
+from trainer.config import TrainConfig
+from trainer.export.model import Classifier, ExportModel, as_classifier
+
+
+def to_bytes(model: ExportModel, _example: Tensor) -> bytes:
+    """The file's content: ExportModel's tensors by name. The example isn't needed."""
+    # A tensor that stands in two places is refused by safetensors unless it is copied.
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return safetensors.torch.save(tensors)
+
+
+def load(path: Path, manifest: Mapping[str, Any]) -> Classifier:
+    """The file's weights in the network that the manifest describes, run by PyTorch."""
+    return as_classifier(rebuild(path, manifest))
+
+
+def rebuild(path: Path, manifest: Mapping[str, Any]) -> ExportModel:
+    """The model of this file. manifest: needs config, input_size and class_names."""
+    tensors = safetensors.torch.load_file(path)
+    # Published weights would be downloaded only to be replaced.
+    config = dataclasses.replace(TrainConfig.from_dict(manifest["config"]), pretrained=False)
+    channels, height, width = manifest["input_size"]
+    num_classes = len(manifest["class_names"])
+    backbone = build(config, input_size=(channels, height, width), num_classes=num_classes)
+    model = ExportModel(backbone, mean=[0.0] * channels, std=[1.0] * channels)
+    model.load_state_dict(tensors)
+    return model

@@ -1,0 +1,84 @@
+"""An exported file, loaded again and compared with the model on real images."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.data.dataset import Split
+from trainer.export.formats import Format
+from trainer.export.model import Classifier
+
+_BATCH = 256
+_TOLERANCE = 1e-3
+"""Largest difference of a logit, as a share of the largest logit or of 1, whichever is more."""
+
+
+class ExportRefused(Exception):
+    """The file isn't the model; the message is one line that says in what they differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatCheck:
+    """What was found about an exported file."""
+
+    file: str
+    bytes: int
+    max_abs_diff: float
+    """Largest difference of any logit from the model's, over all images."""
+    accuracy: float
+    """Of the file itself, on the same images, in [0, 1]."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def verify(
+    path: Path, fmt: Format, manifest: Mapping[str, Any], test: Split, reference: Tensor
+) -> FormatCheck:
+    """Run the file on each image of the split, in batches of 1, 2, many and what is left.
+
+    reference: the model's logits of these images, float32 (N,classes). Raises ExportRefused if the
+    file gives others.
+    """
+    logits = classify_all(fmt.load(path, manifest), test.images)
+    if logits.shape != reference.shape or logits.dtype != reference.dtype:
+        raise ExportRefused(
+            f"gives {logits.dtype} {tuple(logits.shape)} where the model gives"
+            f" {reference.dtype} {tuple(reference.shape)}"
+        )
+    difference = float((logits - reference).abs().max())
+    # A comparison with NaN is false: it is refused, too.
+    if not difference <= _TOLERANCE * max(1.0, float(reference.abs().max())):
+        raise ExportRefused(f"differs from the model by {difference:.3g} in a logit")
+    return FormatCheck(
+        file=path.name,
+        bytes=path.stat().st_size,
+        max_abs_diff=difference,
+        accuracy=float((logits.argmax(dim=1) == test.labels).double().mean()),
+    )
+
+
+def classify_all(classify: Classifier, images: Tensor) -> Tensor:
+    """Logits, (N,classes), of uint8 images (N,C,H,W) on the CPU, N >= 1."""
+    batches = [
+        torch.from_numpy(classify(images[start:stop].contiguous().numpy()))
+        for start, stop in _batches(len(images))
+    ]
+    return torch.cat(batches)
+
+
+def _batches(num_images: int) -> Iterator[tuple[int, int]]:
+    """Starts and ends: one image, two, then many: a file that knows one batch size fails here."""
+    start = 0
+    for size in (1, 2):
+        if start < num_images:
+            yield start, min(start + size, num_images)
+            start += size
+    for begin in range(start, num_images, _BATCH):
+        yield begin, min(begin + _BATCH, num_images)

@@ -1,0 +1,250 @@
+"""train: the whole loop, a generator of ProgressReports."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from trainer.augment import augment
+from trainer.config import DataError, OutOfMemory, TrainConfig, TrainingDiverged
+from trainer.data.dataset import ImageDataset, Split
+from trainer.device import DevicePlan
+from trainer.evaluate import Evaluation, Normaliser, evaluate, no_pulse
+from trainer.optim import clip_gradients, lr_at, set_lr
+from trainer.seeds import own_randomness, seeded_generator
+from trainer.state import TrainState
+
+STEPS_AN_EPOCH = 4
+OUT_OF_MEMORY_WORDS = ("not enough memory", "allocate memory", "out of memory", "bad alloc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressReport:
+    """How far a training is."""
+
+    step: int
+    """Quarter epochs done."""
+    epoch: float
+    """Epochs done: step / 4."""
+    images_seen: int
+    train_loss: float
+    """Mean over the images since the last report, as it was trained on (smoothed, augmented)."""
+    val_loss: float
+    """Mean cross-entropy; NaN without validation images."""
+    val_accuracy: float
+    """NaN without validation images."""
+    seconds: float
+    """Spent training and evaluating so far, by all attempts together."""
+    images_per_second: float
+    """Trained on since the last report, without evaluation."""
+    finished: bool
+    """Whether this is the last report."""
+    reason: str | None = None
+    """Why training ended before its last epoch."""
+    state: TrainState = field(repr=False, compare=False)
+    """Valid until the next report is asked for."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the state, as plain values."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "state"]
+        return {name: getattr(self, name) for name in names}
+
+
+def train(
+    config: TrainConfig,
+    data: ImageDataset,
+    plan: DevicePlan,
+    *,
+    resume: bytes | None = None,
+    pulse: Callable[[], None] = no_pulse,
+) -> Generator[ProgressReport, None, None]:
+    """Train on data.train, report after a quarter of an epoch and after each epoch.
+
+    An epoch of fewer than 8 batches has no report at its quarter. resume: a state's to_bytes();
+    training goes on after it, on a CPU bit for bit as if it had never stopped. pulse is called
+    before each batch, and what it raises ends the training. torch's own random state is the
+    caller's between reports. Raises TrainingDiverged, OutOfMemory, CheckpointError, ConfigError.
+    """
+    batches = batch_bounds(len(data.train), config.batch_size)
+    with memory_errors(config, plan):
+        state = TrainState.start(config, data, plan, resume)
+        plan, model, optimizer = state.plan, state.model, state.optimizer
+        normalise = Normaliser(data.mean, data.std, plan.device)
+        train_split, val_split = to_device(data.train, plan), to_device(data.val, plan)
+    for leg in [] if state.finished else legs(config.epochs, len(batches), state.step):
+        started = time.perf_counter()
+        randomness = own_randomness("leg", config.seed, leg.step, device=plan.device)
+        with memory_errors(config, plan), randomness:
+            generator = seeded_generator("augment", config.seed, leg.step)
+            order = epoch_order(config.seed, leg.epoch, len(train_split)).to(plan.device)
+            total_loss = torch.zeros((), device=plan.device)
+            model.train()
+            for index in range(leg.first_batch, leg.end_batch):
+                pulse()
+                steps_done = leg.epoch * len(batches) + index
+                set_lr(optimizer, lr_at(config, steps_done / (config.epochs * len(batches))))
+                chosen = order[slice(*batches[index])]
+                images = augment(train_split.images.index_select(0, chosen), config, generator)
+                labels = train_split.labels.index_select(0, chosen)
+                total_loss += optimizer_step(state, normalise(images), labels)
+            num_images = batches[leg.end_batch - 1][1] - batches[leg.first_batch][0]
+            train_loss = float(total_loss) / num_images  # waits for the device
+            trained = time.perf_counter()
+            val = evaluate(model, val_split, plan, mean=data.mean, std=data.std, pulse=pulse)
+        check_finite(train_loss, val, leg, config)
+        state.step, state.images_seen = leg.step, state.images_seen + num_images
+        state.seconds += time.perf_counter() - started
+        yield make_report(state, train_loss, val, num_images / (trained - started))
+        if state.finished:
+            return
+
+
+def optimizer_step(state: TrainState, images: Tensor, labels: Tensor) -> Tensor:
+    """One step on a batch, in micro-batches if the plan says so: the sum of the losses, 0-d.
+
+    images: (N,C,H,W) float; labels: (N,). Batch norm sees micro-batches one by one.
+    """
+    config, plan, model = state.config, state.plan, state.model
+    total = torch.zeros((), device=images.device)
+    num_parts = num_micro_batches(len(images), plan.micro_batch)
+    state.optimizer.zero_grad(set_to_none=True)
+    parts = zip(images.tensor_split(num_parts), labels.tensor_split(num_parts), strict=True)
+    for part, part_labels in parts:
+        with plan.autocast():
+            logits = model(plan.lay_out(part))
+        loss = functional.cross_entropy(
+            logits.float(), part_labels, reduction="sum", label_smoothing=config.label_smoothing
+        )
+        (loss / len(images)).backward()
+        total += loss.detach()
+    clip_gradients(model.parameters(), config.clip_norm)
+    state.optimizer.step()
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leg:
+    """The batches from one report to the next; epoch counts from 0, step is the one reached."""
+
+    epoch: int
+    first_batch: int
+    end_batch: int
+    step: int
+
+
+def legs(num_epochs: int, num_batches: int, steps_done: int) -> list[Leg]:
+    """The legs still to go, in order. num_batches: of an epoch."""
+    whole = [
+        Leg(
+            epoch=epoch,
+            first_batch=0,
+            end_batch=num_batches,
+            step=(epoch + 1) * STEPS_AN_EPOCH,
+        )
+        for epoch in range(num_epochs)
+    ]
+    if num_batches >= 2 * STEPS_AN_EPOCH:
+        quarter = math.ceil(num_batches / STEPS_AN_EPOCH)
+        first = Leg(epoch=0, first_batch=0, end_batch=quarter, step=1)
+        whole[:1] = [first, dataclasses.replace(whole[0], first_batch=quarter)]
+    return [leg for leg in whole if leg.step > steps_done]
+
+
+def batch_bounds(num_images: int, batch_size: int) -> list[tuple[int, int]]:
+    """(first, end) of each batch of an epoch; no image is left out.
+
+    A last batch of one image, which batch norm can't take, joins the one before. Raises
+    DataError if there is only one image.
+    """
+    if num_images < 2:
+        raise DataError(f"at least two images are needed to train, got {num_images}")
+    starts = [start for start in range(0, num_images, batch_size) if num_images - start > 1]
+    return list(zip(starts, [*starts[1:], num_images], strict=True))
+
+
+def num_micro_batches(num_images: int, micro_batch: int | None) -> int:
+    """Into how many parts a batch is split: none of one image, so three may go at once for 2."""
+    if micro_batch is None:
+        return 1
+    return max(1, min(math.ceil(num_images / micro_batch), num_images // 2))
+
+
+def epoch_order(seed: int, epoch: int, num_images: int) -> Tensor:
+    """The order of the images in this epoch: int64 (num_images,)."""
+    return torch.randperm(num_images, generator=seeded_generator("order", seed, epoch))
+
+
+def to_device(split: Split, plan: DevicePlan) -> Split:
+    """The split in the device's memory (the same one if it is there)."""
+    return Split(split.images.to(plan.device), split.labels.to(plan.device))
+
+
+def make_report(
+    state: TrainState, train_loss: float, val: Evaluation, images_per_second: float
+) -> ProgressReport:
+    """The report of the leg just done, which joins the state's history."""
+    last = state.step == state.config.epochs * STEPS_AN_EPOCH
+    reason = None if last else stop_reason(state, val.accuracy)
+    report = ProgressReport(
+        step=state.step,
+        epoch=state.step / STEPS_AN_EPOCH,
+        images_seen=state.images_seen,
+        train_loss=train_loss,
+        val_loss=val.loss,
+        val_accuracy=val.accuracy,
+        seconds=state.seconds,
+        images_per_second=images_per_second,
+        finished=last or reason is not None,
+        reason=reason,
+        state=state,
+    )
+    state.history.append(report.to_dict())
+    return report
+
+
+def stop_reason(state: TrainState, val_accuracy: float) -> str | None:
+    """Early stopping: why the training should end with this validation accuracy, or None."""
+    best, patience = state.best_report(), state.config.patience
+    if not patience or best is None or val_accuracy > best["val_accuracy"]:
+        return None
+    if state.step - best["step"] < patience * STEPS_AN_EPOCH:
+        return None
+    return (
+        f"early stopping: no better validation accuracy than {best['val_accuracy']:.4f} "
+        f"of epoch {best['epoch']:g} in {patience} epochs"
+    )
+
+
+def check_finite(train_loss: float, val: Evaluation, leg: Leg, config: TrainConfig) -> None:
+    """Raise TrainingDiverged if a loss isn't finite."""
+    epochs = leg.step / STEPS_AN_EPOCH
+    if not math.isfinite(train_loss):
+        raise TrainingDiverged(
+            f"the training loss is {train_loss} after {epochs:g} epochs (lr {config.lr:g})"
+        )
+    if val.num_images and not math.isfinite(val.loss):
+        raise TrainingDiverged(
+            f"the validation loss is {val.loss} after {epochs:g} epochs (lr {config.lr:g})"
+        )
+
+
+@contextmanager
+def memory_errors(config: TrainConfig, plan: DevicePlan) -> Iterator[None]:
+    """Whatever torch or Python say when memory is used up becomes OutOfMemory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).lower()
+        if isinstance(error, RuntimeError) and not any(w in text for w in OUT_OF_MEMORY_WORDS):
+            raise
+        raise OutOfMemory(
+            f"{config.backbone} with batch_size {config.batch_size} doesn't fit into the memory "
+            f"of {plan.device}"
+        ) from error

@@ -1,0 +1,80 @@
+"""Optimizers and learning rates, as pure functions of a TrainConfig."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.config import TrainConfig
+
+START = 1 / 25
+"""Share of the peak at which a warm-up begins."""
+END = 1e-4 * START
+"""Share of the peak at which onecycle ends (as torch's OneCycleLR)."""
+
+
+def make_optimizer(config: TrainConfig, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The config's optimizer over these parameters, in one fused kernel a group.
+
+    sgd has Nesterov's momentum (if there is any), adam and adamw take momentum as beta1.
+    Parameters with fewer than two dimensions (norms, biases) are not decayed. The learning
+    rate is set before each step (set_lr).
+    """
+    trained = [parameter for parameter in params if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "sgd":
+        nesterov = config.momentum > 0
+        return torch.optim.SGD(
+            groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True
+        )
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the steps to come."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def lr_at(config: TrainConfig, progress: float) -> float:
+    """The learning rate when this share of all optimizer steps, in [0, 1], is done.
+
+    constant: the peak, throughout.
+    step: x 0.1 at 1/2, x 0.1 again at 3/4 (He et al. 2016, section 4.2).
+    cosine: linear warm-up from 1/25 over the first 1/20, then half a cosine down to 0
+        (Loshchilov & Hutter 2017; warm-up of Goyal et al. 2017).
+    onecycle: up from 1/25 over the first 3/10, then down to 1/250,000, each half a cosine
+        (Smith & Topin 2018; the constants of torch's OneCycleLR; momentum stays).
+    """
+    return config.lr * _share_of_peak(config.schedule, progress)
+
+
+def _share_of_peak(schedule: str, progress: float) -> float:
+    if schedule == "step":
+        return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
+    if schedule == "cosine":
+        if progress < 0.05:
+            return START + (1 - START) * progress / 0.05
+        return _half_cosine(1.0, 0.0, (progress - 0.05) / 0.95)
+    if schedule == "onecycle":
+        if progress < 0.3:
+            return _half_cosine(START, 1.0, progress / 0.3)
+        return _half_cosine(1.0, END, (progress - 0.3) / 0.7)
+    return 1.0
+
+
+def _half_cosine(first: float, last: float, share: float) -> float:
+    return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float) -> None:
+    """Scale all gradients down together to this norm at most; 0 leaves them alone."""
+    if clip_norm > 0:
+        nn.utils.clip_grad_norm_(list(parameters), clip_norm)

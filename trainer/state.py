@@ -1,0 +1,145 @@
+"""TrainState: all of a training that changes, as bytes and back."""
+
+import dataclasses
+import io
+import math
+import pickle
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from trainer.backbones import build
+from trainer.config import TrainConfig
+from trainer.data.dataset import ImageDataset
+from trainer.device import DevicePlan, prepare
+from trainer.optim import make_optimizer
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """Bytes that aren't a checkpoint of this training: the message is one line."""
+
+
+@dataclass(kw_only=True, eq=False)
+class TrainState:
+    """Model, optimizer and counters between two reports.
+
+    There is no random state in it: each leg of a training has streams of its own, from the
+    config's seed and the leg's step (trainer.seeds).
+    """
+
+    config: TrainConfig
+    plan: DevicePlan
+    data_identity: list[Any]
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    """Quarter epochs done."""
+    images_seen: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """The reports so far, as plain values."""
+
+    @classmethod
+    def start(
+        cls, config: TrainConfig, data: ImageDataset, plan: DevicePlan, resume: bytes | None
+    ) -> Self:
+        """A new training, or the one whose to_bytes() `resume` is.
+
+        Precision, memory format, micro-batch and threads stay as they were in the checkpoint;
+        only the device is the given plan's. Raises CheckpointError if the bytes are no
+        checkpoint, or one of another config or data; ConfigError if the device isn't there.
+        """
+        saved = None if resume is None else _read(resume, config, data)
+        if saved is not None:
+            config = dataclasses.replace(config, pretrained=False)
+            plan = dataclasses.replace(DevicePlan.from_dict(saved["plan"]), device=plan.device)
+        prepare(plan.device, plan.num_threads)
+        size, num_classes = data.input_size, data.num_classes
+        model = plan.place(build(config, input_size=size, num_classes=num_classes))
+        state = cls(
+            config=config,
+            plan=plan,
+            data_identity=_identity(data),
+            model=model,
+            optimizer=make_optimizer(config, model.parameters()),
+        )
+        if saved is not None:
+            state._load(saved)
+        return state
+
+    def to_bytes(self) -> bytes:
+        """Tensors and plain Python only: torch.load(weights_only=True) reads it."""
+        file = io.BytesIO()
+        content = {
+            "format": FORMAT,
+            "config": self.config.to_dict(),
+            "plan": self.plan.to_dict(),
+            "data_identity": self.data_identity,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "seconds": self.seconds,
+            "history": self.history,
+        }
+        torch.save(content, file)
+        return file.getvalue()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last report has been made."""
+        return bool(self.history) and self.history[-1]["finished"] is True
+
+    def best_report(self) -> dict[str, Any] | None:
+        """The first of the reports with the best validation accuracy, None if there is none."""
+        known = [report for report in self.history if not math.isnan(report["val_accuracy"])]
+        return max(known, key=lambda report: float(report["val_accuracy"]), default=None)
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.images_seen = saved["step"], saved["images_seen"]
+            self.seconds, self.history = saved["seconds"], saved["history"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint doesn't fit: {_one_line(error)}") from error
+
+
+def read_history(content: bytes) -> list[dict[str, Any]]:
+    """The reports made until this checkpoint, oldest first. Raises CheckpointError."""
+    history: list[dict[str, Any]] = _open(content)["history"]
+    return history
+
+
+def _identity(data: ImageDataset) -> list[Any]:
+    """The data, and which of its images are trained on."""
+    return [data.fingerprint, len(data.train), len(data.val), *data.mean]
+
+
+def _open(content: bytes) -> dict[str, Any]:
+    try:
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"the checkpoint can't be read: {_one_line(error)}") from error
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise CheckpointError("the checkpoint can't be read: it has another format")
+    return saved
+
+
+def _read(content: bytes, config: TrainConfig, data: ImageDataset) -> dict[str, Any]:
+    saved = _open(content)
+    own = config.to_dict()
+    differing = [name for name in own if saved["config"].get(name) != own[name]]
+    if differing:
+        raise CheckpointError(f"the checkpoint is of another config: {', '.join(differing)}")
+    if saved["data_identity"] != _identity(data):
+        raise CheckpointError(f"the checkpoint is of other data than {data.name}")
+    return saved
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
