@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,7 +101,9 @@ def launch(
         seed=seed,
         workers=workers,
         devices=devices,
-        timeout_seconds=None if timeout is None else parse_duration(timeout),
+        timeout_seconds=(
+            None if timeout is None else launching.parse_duration("--timeout", timeout)
+        ),
     )
     database = _open(storage)
     record = launching.prepare_study(database, options)
@@ -293,15 +294,6 @@ def predict(
         return
     for prediction in found:
         typer.echo(f"{prediction.file}: {prediction.class_} ({prediction.probability:.3f})")
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of '90s', '30m', '2h' or '90'. Raises UsageError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
-    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
-    if seconds <= 0:
-        raise UsageError(f"--timeout takes a time above 0, like 90s, 30m or 2h, got {text!r}")
-    return seconds
 
 
 def _database(storage: str | None) -> Any:

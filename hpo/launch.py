@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 from hpo.errors import ExitCode, Interrupted, StudyFailsError, UsageError, WorkersDie
 from hpo.executors.local import LocalExecutor, LocalWorker, num_cores, worker_devices
 from hpo.progress import ProgressView
+from hpo.rungs import first_rung
 from hpo.space import SearchSpace, default_space, read_space
 from hpo.spec import StudySpec, check_study_name
 from storage import leases
@@ -133,16 +135,32 @@ def _new_spec(data: str, fields: Mapping[str, Any], *, seed: int) -> StudySpec:
         flips=dataset.flips,
         accelerated=available_devices() != ["cpu"],
     )
-    lease_seconds = os.environ.get("HPO_LEASE_SECONDS")
-    stall_seconds = os.environ.get("HPO_STALL_SECONDS")
+    space = space.replace(**fields)
     return StudySpec(
         data=data,
         fingerprint=dataset.fingerprint,
-        space=space.replace(**fields),
+        space=space,
         seed=seed,
-        **({"lease_seconds": float(lease_seconds)} if lease_seconds else {}),
-        **({"stall_seconds": float(stall_seconds)} if stall_seconds else {}),
+        first_rung=first_rung(
+            num_train=len(dataset.train), largest_batch=int(space.largest("batch_size"))
+        ),
+        lease_seconds=_seconds("HPO_LEASE_SECONDS", StudySpec.lease_seconds),
+        stall_seconds=_seconds("HPO_STALL_SECONDS", StudySpec.stall_seconds),
     )
+
+
+def _seconds(variable: str, default: float) -> float:
+    text = os.environ.get(variable)
+    return default if text is None else parse_duration(variable, text)
+
+
+def parse_duration(option: str, text: str) -> float:
+    """Seconds of '90s', '30m', '2h' or '90'. Raises UsageError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    if seconds <= 0:
+        raise UsageError(f"{option} takes a time above 0, like 90s, 30m or 2h, got {text!r}")
+    return seconds
 
 
 def make_executor(

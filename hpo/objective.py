@@ -144,15 +144,15 @@ class TrialRun:
         if report["finished"]:
             reason = report["reason"] or f"trained for {self._spec.epochs} epochs"
             return Outcome(state=TrialState.COMPLETE, value=value, reason=reason)
-        if not is_rung(step, num_epochs=self._spec.epochs, eta=self._spec.eta):
+        spec = self._spec
+        if not is_rung(step, first=spec.first_rung, num_epochs=spec.epochs, eta=spec.eta):
             return None
         verdict = judge(
             step=step,
-            number=self.number,
             value=value,
             others=self._study.values_at(step, except_trial_id=self._trial_id),
-            num_epochs=self._spec.epochs,
-            eta=self._spec.eta,
+            num_epochs=spec.epochs,
+            eta=spec.eta,
         )
         if verdict.goes_on:
             return None

@@ -14,6 +14,8 @@ from trainer.data.pictures import read_picture
 from trainer.export.onnx_session import open_session
 
 _BATCH = 64
+_LONGEST = 4096
+"""Side of an image in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class _Manifest:
 
     def __post_init__(self) -> None:
         names, size = self.class_names, self.input_size
-        _check(all(type(side) is int and side > 0 for side in size), "input_size", size)
+        _check(all(type(side) is int and 0 < side <= _LONGEST for side in size), "input_size", size)
         _check(bool(names) and all(type(name) is str for name in names), "class_names", names)
         # Whoever made the folder doesn't choose a file outside it.
         plain = self.onnx_file not in ("", ".", "..") and Path(self.onnx_file).name
@@ -55,12 +57,17 @@ def predict(export_dir: Path, images: Sequence[Path]) -> list[Prediction]:
     """
     manifest = _read_manifest(export_dir)
     classify = open_session(export_dir / manifest.onnx_file)
+    num_classes = len(manifest.class_names)
     predictions: list[Prediction] = []
     for start in range(0, len(images), _BATCH):
         files = images[start : start + _BATCH]
         pictures = [read_picture(file, input_size=manifest.input_size) for file in files]
         probabilities = _softmax(classify(np.stack(pictures)))
-        _check(probabilities.shape[1] == len(manifest.class_names), "class_names", "another number")
+        if probabilities.shape[1] != num_classes:
+            known = probabilities.shape[1]
+            raise ConfigError(
+                f"{export_dir}: its manifest names {num_classes} classes, the model knows {known}"
+            )
         for file, row in zip(files, probabilities, strict=True):
             best = int(row.argmax())
             predictions.append(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 STEPS_PER_EPOCH = 4
+_LEAST_OPTIMIZER_STEPS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +20,22 @@ class Verdict:
     reason: str
 
 
-def is_rung(step: int, *, num_epochs: int, eta: int) -> bool:
-    """Rungs lie at steps 1, 4, 16, ... before the end: a quarter epoch, one epoch, four, ..."""
-    rung = 1
+def first_rung(*, num_train: int, largest_batch: int) -> int:
+    """The step of a study's first rung: 1 (a quarter epoch), 4 or 16.
+
+    Before some optimizer steps have been made, every trial classifies by chance and its place says
+    nothing: on 1,150 images with batches of 128 a quarter epoch is two steps.
+    """
+    num_batches = num_train / largest_batch
+    for step in (1, STEPS_PER_EPOCH):
+        if num_batches * step / STEPS_PER_EPOCH >= _LEAST_OPTIMIZER_STEPS:
+            return step
+    return 4 * STEPS_PER_EPOCH
+
+
+def is_rung(step: int, *, first: int, num_epochs: int, eta: int) -> bool:
+    """Rungs lie at steps `first`, `first` * eta, ... before the end of training."""
+    rung = first
     while rung < step:
         rung *= eta
     return step == rung and step < num_epochs * STEPS_PER_EPOCH
@@ -30,19 +44,16 @@ def is_rung(step: int, *, num_epochs: int, eta: int) -> bool:
 def judge(
     *,
     step: int,
-    number: int,
     value: float,
-    others: Sequence[tuple[int, float]],
+    others: Sequence[float],
     num_epochs: int,
     eta: int,
 ) -> Verdict:
-    """One in `eta` goes on, the best always; of equals the earlier trial is the better one.
+    """About one in `eta` goes on, the best always; equals share their place.
 
-    others: (trial number, value) of all other trials that reported at this step.
+    others: values of all other trials that reported at this step.
     """
-    num_better = sum(
-        theirs > value or (theirs == value and earlier < number) for earlier, theirs in others
-    )
+    num_better = sum(theirs > value for theirs in others)
     num_reached = len(others) + 1
     num_places = max(1, num_reached // eta)
     epochs = step / STEPS_PER_EPOCH

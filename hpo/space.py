@@ -69,6 +69,10 @@ class SearchSpace:
             name for name, what in self.fields.items() if isinstance(what, Range | tuple)
         )
 
+    def largest(self, name: str) -> Any:
+        """The largest value that a numeric field can take."""
+        return max(_extremes(self.fields.get(name, _FIELDS[name].default)))
+
     def replace(self, **fields: Any) -> "SearchSpace":
         """This space with some fields as given."""
         return SearchSpace(fields={**self.fields, **fields})
@@ -142,7 +146,7 @@ def default_space(
             "weight_decay": Range(low=1e-4, high=1e-1, log=True),
             "epochs": min(most, max(least, images // max(1, num_train))),
             "optimizer": "adamw",
-            "schedule": "onecycle",
+            "schedule": "cosine",
             "flip": flips,
             "translate": max(1, side // 16),
         }

@@ -31,6 +31,8 @@ class StudySpec:
     """Of the data; a worker that finds other data under the same name refuses."""
     space: SearchSpace
     seed: int
+    first_rung: int
+    """The step at which trials are judged for the first time."""
     eta: int = 4
     """One in `eta` goes on at each rung."""
     lease_seconds: float = 30.0

@@ -146,7 +146,7 @@ class OpenStudy:
     def report(
         self, lease: Lease, trial_id: int, step: int, value: float, *, images_per_second: float
     ) -> None:
-        """Store an intermediate value. A step reported twice keeps its first value."""
+        """Store an intermediate value; a step reported again, after a resume, is one row still."""
 
         def fenced() -> None:
             with self._fence.reporting(lease, images_per_second=images_per_second):
@@ -154,14 +154,13 @@ class OpenStudy:
 
         self._database.patiently(fenced)
 
-    def values_at(self, step: int, *, except_trial_id: int) -> list[tuple[int, float]]:
-        """(trial number, value) of every trial of the study that reported at `step`."""
+    def values_at(self, step: int, *, except_trial_id: int) -> list[float]:
+        """The values of all other trials of the study that reported at `step`."""
         given = {"study": self.record.study_id, "step": step, "trial": except_trial_id}
 
-        def query() -> list[tuple[int, float]]:
+        def query() -> list[float]:
             with self._database.engine.connect() as connection:
-                rows = connection.execute(_VALUES_AT, given)
-                return [(row.number, row.intermediate_value) for row in rows]
+                return list(connection.execute(_VALUES_AT, given).scalars())
 
         return self._database.patiently(query)
 
@@ -251,7 +250,7 @@ _OPEN_TEST = text("""
 """)
 
 _VALUES_AT = text("""
-    SELECT t.number, v.intermediate_value FROM trial_intermediate_values v JOIN trials t
+    SELECT v.intermediate_value FROM trial_intermediate_values v JOIN trials t
         USING (trial_id)
     WHERE t.study_id = :study AND v.step = :step AND v.trial_id <> :trial
         AND v.intermediate_value_type = 'FINITE'

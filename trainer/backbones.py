@@ -45,12 +45,12 @@ def build(config: TrainConfig, *, input_size: Shape, num_classes: int) -> nn.Mod
 
 
 def _smallcnn(input_size: Shape, num_classes: int, dropout: float) -> nn.Module:
-    """Three 3x3 convolutions of 32, 64, 128 channels, each with pooling, batch norm, ReLU."""
+    """Three 3x3 convolutions of 32, 32, 64 channels, batch norm, ReLU; two poolings between."""
     layers: list[nn.Module] = []
     channels = input_size[0]
-    for width in (32, 64, 128):
+    for index, width in enumerate((32, 32, 64)):
         layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False)]
-        layers += [nn.MaxPool2d(2)] if width < 128 else []
+        layers += [nn.MaxPool2d(2)] if index < 2 else []
         layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         channels = width
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout)]

@@ -102,7 +102,7 @@ def _logits(
     was_training = model.training
     model.eval()
     try:
-        for batch in images.split(max(8, min(2048, size))):
+        for batch in torch.split(images, max(8, min(2048, size))):
             pulse()
             yield _forward(model, batch, plan, normalise)
     finally:

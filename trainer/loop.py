@@ -122,7 +122,7 @@ def optimizer_step(state: TrainState, images: Tensor, labels: Tensor) -> Tensor:
         loss = functional.cross_entropy(
             logits.float(), part_labels, reduction="sum", label_smoothing=config.label_smoothing
         )
-        (loss / len(images)).backward()
+        torch.autograd.backward(loss / len(images))
         total += loss.detach()
     clip_gradients(model.parameters(), config.clip_norm)
     state.optimizer.step()

@@ -38,7 +38,7 @@ def own_randomness(*parts: int | str, device: str = "cpu") -> Iterator[None]:
 def _global_generators(device: str) -> list[torch.Generator]:
     where = torch.device(device)
     if where.type == "cuda":
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         return [torch.default_generator, torch.cuda.default_generators[where.index or 0]]
     if where.type == "mps":
         return [torch.default_generator, torch.mps._get_default_mps_generator()]

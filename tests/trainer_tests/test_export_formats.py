@@ -1,6 +1,5 @@
 """Each format gives the model's logits, for any number of images, and keeps secrets."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +64,10 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def file(name: str, contents: dict[str, bytes], tmp_path: Path) -> Iterator[Path]:
+def file(name: str, contents: dict[str, bytes], tmp_path: Path) -> Path:
     path = tmp_path / FORMATS[name].file
     path.write_bytes(contents[name])
-    yield path
+    return path
 
 
 @pytest.mark.parametrize("num_images", [1, 2, 3, 7, 300])

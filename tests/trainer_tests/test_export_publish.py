@@ -1,15 +1,16 @@
 """The export folder appears whole or not at all, and nobody else's folder is touched."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from trainer.config import ConfigError
-from trainer.export import publish
 from trainer.export.publish import check_out, new_folder
 
 # Exports again and again, each time in a child that kills itself at its next file operation.
@@ -72,19 +73,19 @@ print(json.dumps(states))
 """
 
 
-def killed_states(tmp_path: Path, before: str, exchange: str) -> list[list[object]]:
+def killed_states(tmp_path: Path, before: str, exchange: str) -> list[list[Any]]:
     """After each kill: the folder's state, its state in the next export, then all that is left."""
     command = [sys.executable, "-c", KILLED_AT_EACH_OPERATION]
     done = subprocess.run(
         [*command, str(tmp_path / "parent"), before, exchange],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    states: list[list[object]] = json.loads(done.stdout)
+    states: list[list[Any]] = json.loads(done.stdout)
     return states
 
 
@@ -144,10 +145,15 @@ def test_a_manifest_that_is_not_ours_protects_its_folder(tmp_path: Path, manifes
 
 def test_a_folder_filled_by_somebody_during_the_export_is_not_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ConfigError, match="no older export"), new_folder(out) as folder:
-        an_export(folder / "nested")
-        out.mkdir()
-        (out / "precious").touch()
+
+    def fill() -> None:
+        with new_folder(out) as folder:
+            an_export(folder / "nested")
+            out.mkdir()
+            (out / "precious").touch()
+
+    with pytest.raises(ConfigError, match="no older export"):
+        fill()
     assert names(tmp_path) == ["out"]
     assert names(out) == ["precious"]
 
@@ -250,7 +256,7 @@ def test_a_disk_without_locks_takes_an_export_and_keeps_leftovers(
         raise OSError(95, f"Operation not supported: {descriptor} {operation}")
 
     (tmp_path / ".out.partial-1-aa").mkdir()
-    monkeypatch.setattr(publish.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     with new_folder(tmp_path / "out"):
         pass
     assert names(tmp_path) == [".out.partial-1-aa", "out"]
@@ -258,4 +264,5 @@ def test_a_disk_without_locks_takes_an_export_and_keeps_leftovers(
 
 def test_refusing_early_needs_no_torch() -> None:
     code = "import sys, trainer.export.publish; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

@@ -93,7 +93,8 @@ def _write_formats(
             manifest["formats"][name] = check.to_dict()
             manifest["safe_to_load"][name] = fmt.safe_to_load
     if not manifest["formats"]:
-        raise RuntimeError(f"no format could be exported: {manifest['refused']}")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in manifest["refused"].items())
+        raise RuntimeError(f"no format could be exported: {reasons}")
 
 
 def _write_format(

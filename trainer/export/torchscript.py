@@ -34,7 +34,7 @@ def load(path: Path, _manifest: Mapping[str, Any]) -> Classifier:
 
 @contextmanager
 def _without_deprecation() -> Iterator[None]:
-    """torch >= 2.9 warns that TorchScript is deprecated: the user has asked for that format."""
+    """torch warns that TorchScript is deprecated: the user has asked for that format."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated")
         yield

@@ -1,0 +1,370 @@
+"""A whole export of a model trained on the digits, and each of its files run by others alone."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainer.backbones import build
+from trainer.config import ConfigError, DataError, TrainConfig, TrainingDiverged
+from trainer.data.dataset import ImageDataset, Split
+from trainer.data.registry import load
+from trainer.export.confusion import confusion_png
+from trainer.export.folder import export_model
+from trainer.export.formats import FORMATS
+from trainer.export.safetensors import rebuild
+
+CONFIG = TrainConfig(backbone="smallcnn", dropout=0.1)
+ABOUT = {"study": "digits", "trial": 3, "seeds": [0, 1], "versions": {"hpo": "0.1.0"}}
+
+# How somebody without this project runs each file: its own runtime, raw uint8 images.
+STRANGER = """
+import sys
+import numpy as np
+kind, model, data = sys.argv[1:]
+images, labels = np.load(data)["images"], np.load(data)["labels"]
+if kind == "onnx":
+    import onnxruntime
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    run = lambda batch: session.run(None, {name: batch})[0]
+else:
+    import torch
+    module = torch.jit.load(model) if kind == "torchscript" else torch.export.load(model).module()
+    run = lambda batch: module(torch.from_numpy(batch)).detach().numpy()
+batches = np.split(images, [1, 2, 9])
+found = np.concatenate([run(batch) for batch in batches])
+assert not {"hpo", "trainer", "storage"} & set(sys.modules)
+print(float((found.argmax(axis=1) == labels).mean()))
+"""
+
+
+def trained(data: ImageDataset) -> nn.Module:
+    """A smallcnn after some hundred steps: good, but not right about each image."""
+    model = build(CONFIG, input_size=data.input_size, num_classes=data.num_classes)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
+    generator = torch.Generator().manual_seed(0)
+    mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in (data.mean, data.std))
+    for _ in range(60):
+        chosen = torch.randint(0, len(data.train), (64,), generator=generator)
+        batch = data.train.take(chosen)
+        loss = functional.cross_entropy(model((batch.images / 255 - mean) / std), batch.labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return model
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageDataset:
+    return load("digits", seed=0)
+
+
+@pytest.fixture(scope="module")
+def test_split(data: ImageDataset) -> Split:
+    return data.open_test()
+
+
+@pytest.fixture(scope="module")
+def model(data: ImageDataset) -> nn.Module:
+    return trained(data)
+
+
+@pytest.fixture(scope="module")
+def exported(
+    data: ImageDataset,
+    model: nn.Module,
+    test_split: Split,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, dict[str, Any]]:
+    """The folder and the manifest that was returned."""
+    out = tmp_path_factory.mktemp("export") / "digits"
+    about = {**ABOUT, "plan": {"device": "cpu"}}
+    metrics = {"validation": {"accuracy": math.nan, "seconds": (1.0, 2)}}
+    returned = export_model(
+        model, config=CONFIG, data=data, test=test_split, out=out, about=about, metrics=metrics
+    )
+    return out, returned
+
+
+@pytest.fixture
+def some_test(test_split: Split) -> Split:
+    return test_split.take(range(5))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+def test_the_folder_holds_four_formats_manifest_metrics_and_a_picture(
+    exported: tuple[Path, dict[str, Any]],
+) -> None:
+    out, manifest = exported
+    assert sorted(path.name for path in out.iterdir()) == [
+        "confusion_matrix.png",
+        "manifest.json",
+        "metrics.json",
+        "model.onnx",
+        "model.pt2",
+        "model.safetensors",
+        "model.ts.pt",
+    ]
+    assert [path.name for path in out.parent.iterdir()] == ["digits"]
+    assert list(manifest["formats"]) == ["torchscript", "onnx", "torch-export", "safetensors"]
+    assert manifest["refused"] == {}
+
+
+def test_the_manifest_says_all_that_is_needed_to_use_and_repeat_the_model(
+    exported: tuple[Path, dict[str, Any]], data: ImageDataset
+) -> None:
+    out, returned = exported
+    manifest = read_json(out / "manifest.json")
+    assert manifest["made_by"] == "hpo"
+    assert manifest["input_size"] == [1, 8, 8]
+    assert manifest["class_names"] == [str(digit) for digit in range(10)]
+    assert TrainConfig.from_dict(manifest["config"]) == CONFIG
+    assert manifest["study"] == "digits"
+    assert manifest["trial"] == 3
+    assert manifest["seeds"] == [0, 1]
+    assert manifest["plan"] == {"device": "cpu"}
+    assert manifest["data"] == {"source": "digits", "fingerprint": data.fingerprint}
+    assert manifest["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert {"python", "torchvision", "onnxruntime", "hpo"} <= set(manifest["versions"])
+    assert manifest["safe_to_load"]["torch-export"].startswith("from people you trust")
+    assert manifest["metrics"]["validation"] == {"accuracy": None, "seconds": [1.0, 2]}
+    assert manifest["formats"] == returned["formats"]
+    for name, entry in manifest["formats"].items():
+        assert entry["file"] == FORMATS[name].file
+        assert entry["bytes"] == (out / entry["file"]).stat().st_size
+        assert entry["max_abs_diff"] < 1e-4
+        assert entry["accuracy"] == manifest["metrics"]["test"]["accuracy"]
+
+
+def test_the_metrics_are_those_of_scikit_learn(
+    exported: tuple[Path, dict[str, Any]], data: ImageDataset, model: nn.Module, test_split: Split
+) -> None:
+    out, _ = exported
+    mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in (data.mean, data.std))
+    with torch.no_grad():
+        model.eval()
+        predicted = model((test_split.images / 255 - mean) / std).argmax(dim=1).numpy()
+    labels = test_split.labels.numpy()
+    tested = read_json(out / "metrics.json")["test"]
+    assert 0.7 < tested["accuracy"] < 1.0
+    assert tested["accuracy"] == pytest.approx((predicted == labels).mean())
+    low, high = tested["ci95"]
+    assert low < tested["accuracy"] < high
+    assert tested["num_images"] == len(labels) == 359
+    assert tested["confusion_matrix"] == confusion_matrix(labels, predicted).tolist()
+    assert tested["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
+    expected = precision_recall_fscore_support(labels, predicted, zero_division=0)
+    for key, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
+        assert [entry[key] for entry in tested["per_class"]] == pytest.approx(list(values))
+    assert tested["macro_recall"] == pytest.approx(expected[1].mean())
+
+
+@pytest.mark.parametrize("kind", ["torchscript", "onnx", "torch-export"])
+def test_a_process_without_this_project_gets_the_stated_accuracy(
+    exported: tuple[Path, dict[str, Any]], test_split: Split, tmp_path: Path, kind: str
+) -> None:
+    out, manifest = exported
+    arrays = tmp_path / "test.npz"
+    np.savez(arrays, images=test_split.images.numpy(), labels=test_split.labels.numpy())
+    entry = manifest["formats"][kind]
+    command = [sys.executable, "-I", "-c", STRANGER, kind, out / entry["file"], arrays]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(entry["accuracy"])
+
+
+def test_the_network_is_rebuilt_from_weights_and_manifest(
+    exported: tuple[Path, dict[str, Any]], test_split: Split
+) -> None:
+    out, manifest = exported
+    pretrained = {**manifest, "config": {**manifest["config"], "pretrained": True}}
+    model = rebuild(out / "model.safetensors", pretrained)
+    found = model(test_split.images).argmax(dim=1)
+    accuracy = float((found == test_split.labels).double().mean())
+    assert accuracy == pytest.approx(manifest["formats"]["safetensors"]["accuracy"])
+
+
+def test_the_picture_shows_the_confusion_matrix(exported: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = exported
+    with Image.open(out / "confusion_matrix.png") as picture:
+        picture.load()
+        assert picture.format == "PNG"
+        assert min(picture.size) >= 500
+
+
+@pytest.mark.parametrize(
+    "class_names",
+    [
+        ["$x$", "$unbalanced"],
+        ["猫", "\N{DOG FACE}", "new\nline"],
+        ["x" * 300, "<b>", "\\frac{1}"],
+        [f"class {number}" for number in range(300)],
+    ],
+    ids=["mathematics", "letters the font lacks", "long", "many"],
+)
+def test_any_class_names_can_be_drawn(class_names: list[str]) -> None:
+    confusion = torch.zeros(len(class_names), len(class_names), dtype=torch.int64)
+    confusion[0, 1] = 7
+    assert confusion_png(confusion, class_names).startswith(b"\x89PNG")
+
+
+def export_quickly(
+    out: Path, data: ImageDataset, test: Split, model: nn.Module, *formats: str
+) -> dict[str, Any]:
+    return export_model(
+        model,
+        config=CONFIG,
+        data=data,
+        test=test,
+        out=out,
+        about=ABOUT,
+        metrics={},
+        formats=formats or ("torchscript", "safetensors"),
+    )
+
+
+def test_an_older_export_is_replaced_by_the_formats_of_the_new_one(
+    tmp_path: Path, data: ImageDataset, some_test: Split, model: nn.Module
+) -> None:
+    out = tmp_path / "out"
+    export_quickly(out, data, some_test, model, "torchscript")
+    export_quickly(out, data, some_test, model, "safetensors")
+    assert list(read_json(out / "manifest.json")["formats"]) == ["safetensors"]
+    assert not (out / "model.ts.pt").exists()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_format_that_fails_is_refused_with_its_reason_and_the_others_stay(
+    tmp_path: Path, data: ImageDataset, some_test: Split, model: nn.Module
+) -> None:
+    larger = dataclasses.replace(CONFIG, backbone="resnet8")
+    manifest = export_model(
+        model,
+        config=larger,
+        data=data,
+        test=some_test,
+        out=tmp_path / "out",
+        about=ABOUT,
+        metrics={},
+        formats=("torchscript", "safetensors"),
+    )
+    assert list(manifest["formats"]) == ["torchscript"]
+    assert "Missing key" in manifest["refused"]["safetensors"]
+    assert len(manifest["refused"]["safetensors"].splitlines()) == 1
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_model_that_knows_one_number_of_images_is_refused(
+    tmp_path: Path, data: ImageDataset, some_test: Split
+) -> None:
+    class Rigid(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(int(x.shape[0]), 64)[:, :10]
+
+    with pytest.raises(RuntimeError, match="no format could be exported") as failure:
+        export_quickly(tmp_path / "out", data, some_test, Rigid(), "torchscript", "onnx")
+    assert str(failure.value).count("its file doesn't run") == 2
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_cannot_be_exported_is_said_in_one_line_and_leaves_nothing(
+    tmp_path: Path, data: ImageDataset, some_test: Split, model: nn.Module
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match="unknown format 'onxx', did you mean onnx"):
+        export_quickly(out, data, some_test, model, "onxx")
+    with pytest.raises(DataError, match="no test images"):
+        export_quickly(out, data, some_test.take([]), model)
+    with pytest.raises(DataError, match="images of one data set must be"):
+        export_quickly(out, data, Split(some_test.images[..., :7], some_test.labels), model)
+    broken = build(CONFIG, input_size=data.input_size, num_classes=10)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(math.nan)
+    with pytest.raises(TrainingDiverged, match="logits aren't finite"):
+        export_quickly(out, data, some_test, broken)
+    (tmp_path / "precious").touch()
+    with pytest.raises(ConfigError, match="no older export"):
+        export_quickly(tmp_path, data, some_test, model)
+    assert os.listdir(tmp_path) == ["precious"]
+
+
+def test_exporting_changes_neither_the_model_nor_its_mode(
+    tmp_path: Path, data: ImageDataset, some_test: Split, model: nn.Module
+) -> None:
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    export_quickly(tmp_path / "out", data, some_test, model)
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_full_disk_is_said_in_one_line(
+    tmp_path: Path,
+    data: ImageDataset,
+    some_test: Split,
+    model: nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    full = dataclasses.replace(FORMATS["torchscript"], file="/dev/full")
+    monkeypatch.setitem(FORMATS, "torchscript", full)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        export_quickly(tmp_path / "out", data, some_test, model)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def killed_export(tmp_path: Path) -> Path:
+    """The place of an export whose process was killed as its first file stood there."""
+    out = tmp_path / "out"
+    code = f"""
+from pathlib import Path
+from trainer.backbones import build
+from trainer.config import TrainConfig
+from trainer.data.registry import load
+from trainer.export.folder import export_model
+data = load("digits", seed=0)
+config = TrainConfig(backbone="smallcnn")
+model = build(config, input_size=data.input_size, num_classes=10)
+export_model(model, config=config, data=data, test=data.open_test(), out=Path({str(out)!r}),
+             about={{}}, metrics={{}})
+"""
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob(".out.partial-*/model.ts.pt")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    return out
+
+
+def test_a_killed_export_leaves_no_folder_and_the_next_one_cleans_up(
+    killed_export: Path, data: ImageDataset, some_test: Split, model: nn.Module
+) -> None:
+    assert not killed_export.exists()
+    assert len(os.listdir(killed_export.parent)) == 1
+    export_quickly(killed_export, data, some_test, model)
+    assert os.listdir(killed_export.parent) == ["out"]
