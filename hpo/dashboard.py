@@ -14,6 +14,7 @@ import logging
 import re
 import secrets
 import socket
+import sys
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import optuna
 import optuna_dashboard
 import waitress.server
 
+from storage.database import outage
 from trainer.config import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -40,41 +42,22 @@ _HEADERS = {
 _ARTIFACT_HEADERS = {"Content-Disposition": "attachment", "Content-Security-Policy": "sandbox"}
 
 
-def choose_token(host: str, token_file: Path | None) -> str | None:
-    """The token that the dashboard asks for: the file's; else a new one beyond this machine.
-
-    Raises ConfigError if the file can't be read or doesn't hold one word.
-    """
-    if token_file is None:
-        return None if host in THIS_MACHINE else secrets.token_urlsafe(32)
-    try:
-        token = token_file.read_text(encoding="utf-8").strip()
-        if token_file.stat().st_mode & 0o077:
-            logger.warning("others can read %s: chmod 600 it", token_file)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise ConfigError(f"can't read the token file {token_file}: {reason}") from error
-    if len(token.split()) != 1:
-        raise ConfigError(f"the token file {token_file} must hold one word")
-    return token
-
-
 def serve(
     storage: optuna.storages.BaseStorage,
+    *,
     host: str = "127.0.0.1",
     port: int = 8080,
-    token: str | None = None,
-    *,
-    ready: Callable[[str], None] | None = None,
+    token_file: Path | None = None,
+    ready: Callable[[str], None],
 ) -> None:
     """Serve the dashboard until Ctrl-C (or SystemExit in this thread).
 
-    host: an address or name to listen on. port: 0 takes a free one. ready: called with the link
-    for the browser once the port is open. Raises ConfigError if there is no token beyond this
-    machine, or if the address can't be listened on.
+    host: an address or name to listen on. port: 0 takes a free one. token_file: holds the token;
+    None: a new one is made beyond this machine. ready: called with the link for the browser, the
+    token in it, once the port is open. Raises ConfigError if the file can't be used or the address
+    can't be listened on.
     """
-    if token is None and host not in THIS_MACHINE:
-        raise ConfigError(f"on {host} the dashboard needs a token: the network reaches it there")
+    token = _choose_token(host, token_file)
     shown = socket.gethostname() if host in _EVERY_ADDRESS else host
     app = make_app(storage, allowed_hosts={*THIS_MACHINE, shown}, token=token)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
@@ -83,8 +66,7 @@ def serve(
             app, sockets=[listener], ident=None, max_request_body_size=_LARGEST_REQUEST_BYTES
         )
         try:
-            if ready is not None:
-                ready(_link(shown, listener.getsockname()[1], token))
+            ready(_link(shown, listener.getsockname()[1], token))
             server.run()
         finally:
             server.close()
@@ -101,7 +83,7 @@ def make_app(
     # without Optuna's cache each poll of the page would read every trial again
     app = optuna_dashboard.wsgi(optuna.storages.get_storage(storage))
     app.catchall = False
-    logging.getLogger("optuna_dashboard._bottle_util").addFilter(_keep_first_line)
+    logging.getLogger("optuna_dashboard._bottle_util").addFilter(_say_it_in_one_line)
     return _Door(app, allowed_hosts=allowed_hosts, token=token)
 
 
@@ -134,7 +116,7 @@ class _Door:
         try:
             return self._app(environ, start)
         except Exception as error:
-            logger.error("%s: %s", environ.get("PATH_INFO"), _first_line(str(error)))
+            logger.error("%s: %s", environ.get("PATH_INFO"), _reason(error))
             return _answer(start, "500 Internal Server Error", "no answer from the database")
 
     def _let_in(self, environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
@@ -211,6 +193,21 @@ def _answer(
     return [body]
 
 
+def _choose_token(host: str, token_file: Path | None) -> str | None:
+    if token_file is None:
+        return None if host in THIS_MACHINE else secrets.token_urlsafe(32)
+    try:
+        token = token_file.read_text(encoding="utf-8").strip()
+        if token_file.stat().st_mode & 0o077:
+            logger.warning("others can read %s: chmod 600 it", token_file)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ConfigError(f"can't read the token file {token_file}: {reason}") from error
+    if len(token.split()) != 1:
+        raise ConfigError(f"the token file {token_file} must hold one word")
+    return token
+
+
 def _listen(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65535:
         raise ConfigError(f"port must be in 0..65535, got {port}")
@@ -228,12 +225,13 @@ def _link(host: str, port: int, token: str | None) -> str:
     return f"http://{address}:{port}/{query}"
 
 
-def _first_line(message: str) -> str:
-    return message.partition("\n")[0]
+def _reason(error: BaseException) -> str:
+    return outage(error) or str(error).partition("\n")[0] or type(error).__name__
 
 
-def _keep_first_line(record: logging.LogRecord) -> bool:
+def _say_it_in_one_line(record: logging.LogRecord) -> bool:
     """The app logs a stack trace with each failed call; a database that is away is no bug."""
-    record.msg = _first_line(record.getMessage())
-    record.args = ()
+    error = sys.exc_info()[1]
+    if error is not None:
+        record.msg, record.args = _reason(error), ()
     return True

@@ -133,7 +133,7 @@ def _new_spec(data: str, fields: Mapping[str, Any], *, seed: int) -> StudySpec:
         input_size=dataset.input_size,
         num_train=len(dataset.train),
         flips=dataset.flips,
-        accelerated=available_devices() != ["cpu"],
+        num_cores=num_cores() if available_devices() == ["cpu"] else None,
     )
     space = space.replace(**fields)
     return StudySpec(

@@ -13,7 +13,7 @@ from trainer.config import ConfigError
 from trainer.data.pictures import read_picture
 from trainer.export.onnx_session import open_session
 
-_BATCH = 64
+_BATCH = 16
 _LONGEST = 4096
 """Side of an image in pixels."""
 

@@ -119,24 +119,26 @@ def read_space(path: Path) -> SearchSpace:
 
 
 def default_space(
-    *, input_size: Sequence[int], num_train: int, flips: bool, accelerated: bool
+    *, input_size: Sequence[int], num_train: int, flips: bool, num_cores: int | None
 ) -> SearchSpace:
-    """A space for images of this size (C, H, W) on a GPU (`accelerated`) or a CPU.
+    """A space for images of this size (C, H, W), on GPUs or (with `num_cores`) on a CPU's cores.
 
     Few dimensions, since fifty trials can't search many. Epochs come from the number of training
-    images: a CPU is given about 600,000 images a trial to train on, a GPU two million.
+    images: a CPU is given about 600,000 images a trial to train on, a GPU two million. Fifty trials
+    are to end within about an hour, also where two cores share 50,000 images: resnet20, three
+    times as slow as resnet8, is for more cores or fewer images.
     """
     side = max(input_size[1:])
-    if accelerated:
+    if num_cores is None:
         small = ("resnet20", "resnet18", "efficientnet_b0")
         backbones = small if side <= 64 else ("resnet18", "resnet50", "efficientnet_b0")
         images, least, most = 2_000_000, 10, 60
     else:
         backbones = ("smallcnn", "resnet8", "resnet20")
-        if side <= 16:
-            backbones = backbones[:2]
-        elif side > 64:
+        if side > 64:
             backbones = ("mobilenet_v3_small", "resnet18")
+        elif side <= 16 or num_train > 20_000 * num_cores:
+            backbones = backbones[:2]
         images, least, most = 600_000, 5, 30
     return SearchSpace(
         fields={

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psycopg2
 
@@ -43,7 +43,8 @@ class EmbeddedPostgres:
         self.folder = folder.expanduser().absolute()
         self.data = self.folder / "data"
         self.socket_folder = _socket_folder(self.folder)
-        self._joined: IO[bytes] | None = None
+        # a descriptor, never closed: the lock is to last as long as the process
+        self._joined: int | None = None
 
     @property
     def parameters(self) -> dict[str, str]:
@@ -59,7 +60,7 @@ class EmbeddedPostgres:
         if self._joined is None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                joined = (self.folder / "users.lock").open("ab")
+                joined = os.open(self.folder / "users.lock", os.O_RDWR | os.O_CREAT, 0o600)
             except OSError as error:
                 raise StorageError(
                     f"can't use {self.folder} for the embedded Postgres: {error.strerror}; "
@@ -203,8 +204,10 @@ class EmbeddedPostgres:
             except BlockingIOError:
                 return
         guard = Path(__file__).with_name("embedded_guard.py")
-        subprocess.Popen(
-            [sys.executable, "-S", "-E", str(guard), str(self.folder), str(self.socket_folder)],
+        command = [sys.executable, "-S", "-E", str(guard), str(self.folder), str(self.socket_folder)]
+        subprocess.run(  # by a shell that leaves at once: the guard is to be nobody's child
+            ["sh", "-c", '"$@" &', "sh", *command],
+            check=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

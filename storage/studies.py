@@ -8,6 +8,7 @@ RDBStorage.
 import json
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,23 +137,31 @@ class OpenStudy:
 
     def write(self, lease: Lease, call: Callable[[], Result]) -> Result:
         """`call` under the fence: suggestions, attributes, constraints. Raises LeaseLost."""
-
-        def fenced() -> Result:
-            with self._fence.holding(lease):
-                return call()
-
-        return self._database.patiently(fenced)
+        return self._fenced(lambda: self._fence.holding(lease), call)
 
     def report(
         self, lease: Lease, trial_id: int, step: int, value: float, *, images_per_second: float
     ) -> None:
-        """Store an intermediate value; a step reported again, after a resume, is one row still."""
+        """Store an intermediate value; a step reported again, after a resume, is one row still.
 
-        def fenced() -> None:
-            with self._fence.reporting(lease, images_per_second=images_per_second):
-                self.study._storage.set_trial_intermediate_value(trial_id, step, value)
+        Raises LeaseLost.
+        """
+        self._fenced(
+            lambda: self._fence.reporting(lease, images_per_second=images_per_second),
+            lambda: self.study._storage.set_trial_intermediate_value(trial_id, step, value),
+        )
 
-        self._database.patiently(fenced)
+    def _fenced(
+        self, fence: Callable[[], AbstractContextManager[None]], call: Callable[[], Result]
+    ) -> Result:
+        def fenced() -> Result:
+            with fence():
+                return call()
+
+        try:
+            return self._database.patiently(fenced)
+        except optuna.exceptions.UpdateFinishedTrialError as error:
+            raise LeaseLost("the trial was ended by somebody else") from error
 
     def values_at(self, step: int, *, except_trial_id: int) -> list[float]:
         """The values of all other trials of the study that reported at `step`."""
@@ -172,20 +181,20 @@ class OpenStudy:
         Raises LeaseLost if the trial was somebody else's.
         """
 
-        def fenced() -> None:
-            if _ended_as(self._database, lease, state):
-                return  # the COMMIT of an earlier try went through
-            storage = self.study._storage
-            with self._fence.holding(lease):
-                storage.set_trial_user_attr(trial_id, "reason", reason)
-            values = None if value is None else [value]
-            with self._fence.ending(lease):
-                storage.set_trial_state_values(trial_id, state, values)
-
+        storage = self.study._storage
+        values = None if value is None else [value]
+        if self._database.patiently(lambda: _ended_as(self._database, lease, state)):
+            return
+        self.write(lease, lambda: storage.set_trial_user_attr(trial_id, "reason", reason))
         try:
-            self._database.patiently(fenced)
-        except optuna.exceptions.UpdateFinishedTrialError as error:
-            raise LeaseLost("the trial was ended by somebody else") from error
+            self._fenced(
+                lambda: self._fence.ending(lease),
+                lambda: storage.set_trial_state_values(trial_id, state, values),
+            )
+        except LeaseLost:
+            # the COMMIT of a try before the last one may have gone through
+            if not self._database.patiently(lambda: _ended_as(self._database, lease, state)):
+                raise
 
 
 def _bound_trial(database: Database, lease: Lease) -> int | None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -208,14 +209,18 @@ def _load_published(model: nn.Module, name: str, weights: Any) -> None:
     """Copy torchvision's weights where names and shapes fit; log the layers left at random."""
     if weights is None:
         raise ConfigError(f"pretrained: there are no published weights of {name}")
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     try:
         published = weights.get_state_dict(
             progress=False, check_hash=True, weights_only=True, map_location="cpu"
         )
-    except (OSError, RuntimeError) as error:
-        path = f"{torch.hub.get_dir()}/checkpoints/{weights.url.rsplit('/', 1)[1]}"
+    except OSError as error:
         raise ConfigError(
-            f"pretrained {name}: can't load {path}, nor download it there ({_one_line(error)})"
+            f"pretrained {name}: {path} isn't there, and can't be downloaded ({error})"
+        ) from error
+    except Exception as error:  # torch.load raises whatever a broken file leads to
+        raise ConfigError(
+            f"pretrained {name}: {path} can't be read; delete it to have it downloaded again"
         ) from error
     own = model.state_dict()
     fitting = {
@@ -226,7 +231,3 @@ def _load_published(model: nn.Module, name: str, weights: Any) -> None:
     model.load_state_dict(fitting, strict=False)
     left = sorted({key.rpartition(".")[0] for key in own if key not in fitting})
     logger.info("pretrained %s: left at random: %s", name, ", ".join(left) or "nothing")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

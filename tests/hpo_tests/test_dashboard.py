@@ -1,5 +1,6 @@
 """The dashboard's door, and the pages behind it in a real browser."""
 
+import contextlib
 import http.client
 import io
 import logging
@@ -10,10 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from wsgiref.types import WSGIApplication
 from wsgiref.util import setup_testing_defaults
@@ -26,9 +27,11 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 from playwright.sync_api import Page, sync_playwright
 
-from hpo.dashboard import choose_token, make_app, serve
-from storage.database import Database
-from storage.schema import ensure_tables, optuna_storage
+from hpo.dashboard import make_app, serve
+from storage.database import Database, normalise_url
+from storage.embedded import EmbeddedPostgres
+from storage.schema import optuna_storage
+from tests.parts import execute, free_port, url_of
 from trainer.config import ConfigError
 
 CHROMIUM_ARGS = [
@@ -42,15 +45,20 @@ CHROMIUM_ARGS = [
 ]
 SERVE = """
 import sys
+from pathlib import Path
 from hpo import dashboard
 from storage.database import Database
 from storage.schema import optuna_storage
 
 database = Database()
 database.open()
-token = sys.argv[2] or None
-dashboard.serve(optuna_storage(database), sys.argv[1], 0, token,
-                ready=lambda link: print(link, flush=True))
+dashboard.serve(
+    optuna_storage(database),
+    host=sys.argv[1],
+    port=0,
+    token_file=Path(sys.argv[2]) if sys.argv[2:] else None,
+    ready=lambda link: print(link, flush=True),
+)
 """
 HOST = "localhost"
 
@@ -63,24 +71,21 @@ class Answer:
 
 
 @pytest.fixture(scope="module")
-def hpo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
+def url(postgres: EmbeddedPostgres) -> str:
+    """Of a database for this file alone."""
+    execute(postgres, "CREATE DATABASE dashboard TEMPLATE template_hpo")
+    return url_of(postgres, "dashboard")
 
 
 @pytest.fixture(scope="module")
-def storage(hpo_home: Path) -> Iterator[optuna.storages.RDBStorage]:
-    """An embedded Postgres that holds the study "clothes": three trials COMPLETE, one PRUNED."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("HPO_STORAGE", raising=False)
-        patch.setenv("HPO_HOME", str(hpo_home))
-        database = Database()
-        database.open()
-        ensure_tables(database)
-        storage = optuna_storage(database)
-        fill(storage)
-        yield storage
-        storage.scoped_session.remove()
-        database.engine.dispose()
+def storage(url: str) -> Iterator[optuna.storages.RDBStorage]:
+    """Holds the study "clothes": three trials COMPLETE, one PRUNED."""
+    database = Database(url)
+    storage = optuna_storage(database)
+    fill(storage)
+    yield storage
+    storage.scoped_session.remove()
+    database.engine.dispose()
 
 
 def fill(storage: optuna.storages.RDBStorage) -> None:
@@ -113,6 +118,7 @@ def ask(
     path, _, query = path.partition("?")
     given: dict[str, object] = {
         "REQUEST_METHOD": method,
+        "SCRIPT_NAME": "",
         "PATH_INFO": path,
         "QUERY_STRING": query,
         "HTTP_HOST": host,
@@ -125,12 +131,11 @@ def ask(
     heads: list[tuple[str, dict[str, str]]] = []
 
     def start(
-        status: str, headers: list[tuple[str, str]], exc_info: object = None, /
-    ) -> io.BytesIO:
+        status: str, headers: list[tuple[str, str]], _: Any = None, /
+    ) -> Callable[[bytes], object]:
         heads.append((status, dict(headers)))
-        return io.BytesIO()
+        return lambda _: None
 
-    # http.client asks for identity when nobody asks for more; a bare script asks for nothing
     answer = app(given, start)
     text = b"".join(answer).decode(errors="replace")
     close = getattr(answer, "close", None)
@@ -268,11 +273,15 @@ def test_a_request_without_accept_encoding_gets_its_file(
     assert ask(open_app(storage), "/favicon.ico").status == 200
 
 
+@pytest.mark.usefixtures("storage")
 def test_a_database_that_is_away_is_one_line_in_the_log(
-    caplog: pytest.LogCaptureFixture,
+    url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    database = Database(f"postgresql://hpo@127.0.0.1:{free_port()}/hpo")
+    database = Database(url)
     app = open_app(optuna_storage(database))
+    assert ask(app).status == 200
+    database.engine.dispose()
+    database.url = normalise_url(f"postgresql://127.0.0.1:{free_port()}/")
     for path in ("/api/studies", "/csv/1"):
         caplog.clear()
         answer = ask(app, path)
@@ -280,6 +289,7 @@ def test_a_database_that_is_away_is_one_line_in_the_log(
         assert "Traceback" not in answer.body
         said = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
         assert len(said) == 1
+        assert "refused" in said[0]
         assert "\n" not in said[0]
     database.engine.dispose()
 
@@ -287,35 +297,36 @@ def test_a_database_that_is_away_is_one_line_in_the_log(
 def test_off_this_machine_it_is_never_served_without_a_token(
     storage: optuna.storages.RDBStorage,
 ) -> None:
-    for host in ("0.0.0.0", "::", "", "192.0.2.1", "example.org"):
-        with pytest.raises(ConfigError, match="needs a token"):
-            serve(storage, host, 0, None)
-        token = choose_token(host, None)
-        assert token is not None
-        assert len(token) > 40
-        assert token != choose_token(host, None)
-    assert choose_token("127.0.0.1", None) is None
+    first, second = link_of(storage, host="0.0.0.0"), link_of(storage, host="0.0.0.0")
+    assert first.startswith(f"http://{socket.gethostname()}:")
+    tokens = [link.partition("/?token=")[2] for link in (first, second)]
+    assert min(map(len, tokens)) > 40
+    assert tokens[0] != tokens[1]
+    for host in ("127.0.0.1", "localhost"):
+        assert re.fullmatch(rf"http://{host}:[0-9]+/", link_of(storage, host=host))
 
 
-def test_the_token_file_holds_one_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_token_file_holds_one_word(
+    storage: optuna.storages.RDBStorage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "token"
-    with pytest.raises(ConfigError, match="can't read the token file .*: No such file"):
-        choose_token("127.0.0.1", file)
+    with pytest.raises(ConfigError, match=r"can't read the token file .*: No such file"):
+        link_of(storage, token_file=file)
     for words in ("", "two words", "\n"):
         file.write_text(words)
         with pytest.raises(ConfigError, match="must hold one word"):
-            choose_token("127.0.0.1", file)
+            link_of(storage, token_file=file)
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not text"):
-        choose_token("127.0.0.1", file)
+        link_of(storage, token_file=file)
     file.write_text("sesame\n")
     file.chmod(0o644)
-    assert choose_token("127.0.0.1", file) == "sesame"
+    assert link_of(storage, token_file=file).endswith("/?token=sesame")
     assert "chmod 600" in caplog.text
     assert "sesame" not in caplog.text
     caplog.clear()
     file.chmod(0o600)
-    assert choose_token("0.0.0.0", file) == "sesame"
+    assert link_of(storage, host="0.0.0.0", token_file=file).endswith("/?token=sesame")
     assert not caplog.records
 
 
@@ -325,31 +336,33 @@ def test_an_address_that_cannot_be_listened_on_is_one_line(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"can't listen on localhost, port {port}: .*in use"):
-            serve(storage, "localhost", port, None)
+            link_of(storage, host="localhost", port=port)
     for port in (-1, 65536):
-        with pytest.raises(ConfigError, match=f"port must be in 0..65535, got {port}"):
-            serve(storage, "localhost", port, None)
-    with pytest.raises(ConfigError, match="can't listen on nowhere.invalid"):
-        serve(storage, "nowhere.invalid", 0, "sesame")
+        with pytest.raises(ConfigError, match=rf"port must be in 0\.\.65535, got {port}"):
+            link_of(storage, port=port)
+    with pytest.raises(ConfigError, match=r"can't listen on nowhere\.invalid"):
+        link_of(storage, host="nowhere.invalid")
 
 
-def test_ctrl_c_ends_the_server(hpo_home: Path, storage: optuna.storages.RDBStorage) -> None:
-    with serving(hpo_home, "127.0.0.1") as link:
+@pytest.mark.usefixtures("storage")
+def test_the_server_bounds_requests_and_ends_by_ctrl_c(url: str) -> None:
+    with serving(url, "127.0.0.1") as link:
         connection = http.client.HTTPConnection(urlsplit(link).netloc, timeout=30)
         connection.request("GET", "/api/studies")
         answer = connection.getresponse()
         assert answer.status == 200
         assert b"clothes" in answer.read()
         assert answer.getheader("Server") is None
-        connection.request("POST", "/api/studies", body=b"x" * (2 << 20))
+        connection.putrequest("POST", "/api/studies")
+        connection.putheader("Content-Length", str(2 << 20))
+        connection.endheaders()
         assert connection.getresponse().status == 413
         connection.close()
 
 
-def test_the_browser_shows_the_study_its_trials_and_their_curves(
-    hpo_home: Path, storage: optuna.storages.RDBStorage
-) -> None:
-    with serving(hpo_home, "127.0.0.1") as link, chromium_page() as page:
+@pytest.mark.usefixtures("storage")
+def test_the_browser_shows_the_study_its_trials_and_their_curves(url: str) -> None:
+    with serving(url, "127.0.0.1") as link, chromium_page() as page:
         assert "token" not in link
         page.goto(link)
         page.get_by_text("clothes").first.click()
@@ -366,10 +379,12 @@ def test_the_browser_shows_the_study_its_trials_and_their_curves(
         assert re.search(r"Intermediate Values\s+1 0.55\s+4 0.7\s+8 0.9", text)
 
 
-def test_the_browser_comes_in_by_the_link_with_the_token(
-    hpo_home: Path, storage: optuna.storages.RDBStorage
-) -> None:
-    with serving(hpo_home, "0.0.0.0", "a/b&c=d") as link, chromium_page() as page:
+@pytest.mark.usefixtures("storage")
+def test_the_browser_comes_in_by_the_link_with_the_token(url: str, tmp_path: Path) -> None:
+    token_file = tmp_path / "token"
+    token_file.touch(mode=0o600)
+    token_file.write_text("a/b&c=d")
+    with serving(url, "0.0.0.0", str(token_file)) as link, chromium_page() as page:
         port = urlsplit(link).port
         assert link == f"http://{socket.gethostname()}:{port}/?token=a%2Fb%26c%3Dd"
         here = f"http://127.0.0.1:{port}/"
@@ -383,7 +398,30 @@ def test_the_browser_comes_in_by_the_link_with_the_token(
         page.locator("#graph-intermediate-values .scatterlayer .trace").first.wait_for()
 
 
-@contextmanager
+def link_of(
+    storage: optuna.storages.RDBStorage,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token_file: Path | None = None,
+) -> str:
+    """The link of a dashboard that ends as soon as it listens."""
+
+    class Listening(Exception):
+        pass
+
+    links: list[str] = []
+
+    def ready(link: str) -> None:
+        links.append(link)
+        raise Listening
+
+    with contextlib.suppress(Listening):
+        serve(storage, host=host, port=port, token_file=token_file, ready=ready)
+    return links[0]
+
+
+@contextlib.contextmanager
 def chromium_page() -> Iterator[Page]:
     chromium = shutil.which("chromium")
     if chromium is None:
@@ -396,16 +434,15 @@ def chromium_page() -> Iterator[Page]:
         browser.close()
 
 
-@contextmanager
-def serving(hpo_home: Path, host: str, token: str = "") -> Iterator[str]:
+@contextlib.contextmanager
+def serving(url: str, *arguments: str) -> Iterator[str]:
     """A dashboard in its own process, ended by Ctrl-C; yields the link that it says."""
-    environ = {name: value for name, value in os.environ.items() if name != "HPO_STORAGE"}
     checkout = str(Path(__file__).parents[2])
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVE, host, token],
+        [sys.executable, "-c", SERVE, *arguments],
         stdout=subprocess.PIPE,
         text=True,
-        env={**environ, "HPO_HOME": str(hpo_home), "PYTHONPATH": checkout},
+        env={**os.environ, "HPO_STORAGE": url, "PYTHONPATH": checkout},
     )
     assert process.stdout is not None
     with process:
@@ -417,8 +454,3 @@ def serving(hpo_home: Path, host: str, token: str = "") -> Iterator[str]:
             assert process.wait(30) == 0
         finally:
             process.kill()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])

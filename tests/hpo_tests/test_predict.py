@@ -80,7 +80,7 @@ def test_each_picture_gets_the_model_s_class_and_probability(
     model: nn.Module, export_dir: Path, pictures: list[Path]
 ) -> None:
     arrays = np.stack([read_picture(path, input_size=(1, 8, 8)) for path in pictures])
-    expected = model((torch.from_numpy(arrays) / 255 - 0.5) / 0.05).softmax(dim=1)
+    expected = model((torch.from_numpy(arrays) / 255 - 0.5) / 0.05).softmax(dim=1).detach()
     predictions = predict(export_dir, pictures)
     assert [prediction.file for prediction in predictions] == [str(path) for path in pictures]
     assert {prediction.class_ for prediction in predictions} == set(CLASSES)

@@ -13,8 +13,8 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random_images(num_images: int = 64, channels: int = 3, height: int = 8, width: int = 10) -> Tensor:
-    shape = (num_images, channels, height, width)
+def random_images(num_images: int = 64) -> Tensor:
+    shape = (num_images, 3, 8, 10)
     return torch.randint(1, 256, shape, dtype=torch.uint8, generator=generator(99))
 
 
@@ -146,6 +146,7 @@ def test_a_strength_that_may_leave_nothing_of_a_picture_is_refused(name: str) ->
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_the_decisions_are_those_of_the_cpu() -> None:
     config = TrainConfig(flip=True, translate=2, cutout=3)
     images = random_images()

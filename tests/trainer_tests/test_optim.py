@@ -10,7 +10,9 @@ from trainer.optim import clip_gradients, lr_at, make_optimizer, set_lr
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)
+    )
 
 
 def config(**fields: Any) -> TrainConfig:

@@ -13,7 +13,9 @@ from trainer.data.dataset import Split
 from trainer.export.formats import Format
 from trainer.export.model import Classifier
 
-_BATCH = 256
+_LARGEST_BATCH = 256
+_BATCH_VALUES = 2**20
+"""Values of all images of a batch together: it bounds the memory."""
 _TOLERANCE = 1e-3
 """Largest difference of a logit, as a share of the largest logit or of 1, whichever is more."""
 
@@ -68,17 +70,18 @@ def classify_all(classify: Classifier, images: Tensor) -> Tensor:
     """Logits, (N,classes), of uint8 images (N,C,H,W) on the CPU, N >= 1."""
     batches = [
         torch.from_numpy(classify(images[start:stop].contiguous().numpy()))
-        for start, stop in _batches(len(images))
+        for start, stop in _batches(len(images), images[0].numel())
     ]
     return torch.cat(batches)
 
 
-def _batches(num_images: int) -> Iterator[tuple[int, int]]:
+def _batches(num_images: int, values: int) -> Iterator[tuple[int, int]]:
     """Starts and ends: one image, two, then many: a file that knows one batch size fails here."""
+    many = min(max(_BATCH_VALUES // values, 8), _LARGEST_BATCH)
     start = 0
     for size in (1, 2):
         if start < num_images:
             yield start, min(start + size, num_images)
             start += size
-    for begin in range(start, num_images, _BATCH):
-        yield begin, min(begin + _BATCH, num_images)
+    for begin in range(start, num_images, many):
+        yield begin, min(begin + many, num_images)

@@ -1,0 +1,143 @@
+import math
+
+import pytest
+import torch
+from sklearn import metrics
+from torch import Tensor, nn
+
+import trainer.evaluate
+from trainer.data.dataset import Split
+from trainer.device import DevicePlan
+from trainer.evaluate import (
+    classify,
+    confusion_matrix,
+    evaluate,
+    macro_f1,
+    macro_recall,
+    per_class,
+    wilson_interval,
+)
+
+CPU = DevicePlan(device="cpu")
+MEAN, STD = (0.4, 0.6), (0.2, 0.3)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(32, 16), nn.BatchNorm1d(16), nn.Linear(16, 4))
+
+
+def some_split(num_images: int = 53) -> Split:
+    source = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (num_images, 2, 4, 4), dtype=torch.uint8, generator=source)
+    return Split(images, torch.randint(4, (num_images,), generator=source))
+
+
+def expected_logits(model: nn.Module, images: Tensor) -> Tensor:
+    mean, std = torch.tensor(MEAN).view(2, 1, 1), torch.tensor(STD).view(2, 1, 1)
+    with torch.no_grad():
+        result: Tensor = model.eval()((images / 255 - mean) / std)
+    return result
+
+
+@pytest.fixture(params=[1, 32 * 8, 2**20], ids=["batches of 8", "batches of 8 too", "one batch"])
+def batch_values(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(trainer.evaluate.PIXELS, "cpu", request.param)
+
+
+@pytest.mark.usefixtures("batch_values")
+def test_loss_and_accuracy_are_those_of_all_images_whatever_the_batches() -> None:
+    model, split = network(), some_split()
+    result = evaluate(model, split, CPU, mean=MEAN, std=STD)
+    logits = expected_logits(model, split.images)
+    assert result.num_images == 53
+    expected = nn.functional.cross_entropy(logits, split.labels)
+    assert result.loss == pytest.approx(float(expected), rel=1e-5)
+    correct = int((logits.argmax(dim=1) == split.labels).sum())
+    assert result.accuracy == correct / 53
+
+
+@pytest.mark.usefixtures("batch_values")
+def test_classify_gives_the_logits_in_the_images_order() -> None:
+    model, split = network(), some_split()
+    logits = classify(model, split.images, CPU, mean=MEAN, std=STD)
+    torch.testing.assert_close(logits, expected_logits(model, split.images))
+    assert not logits.requires_grad
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_models_mode_and_statistics_stay(training: bool) -> None:
+    model = network().train(training)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    evaluate(model, some_split(), CPU, mean=MEAN, std=STD)
+    assert model.training is training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_an_empty_split_has_no_accuracy() -> None:
+    result = evaluate(network(), some_split(0), CPU, mean=MEAN, std=STD)
+    assert math.isnan(result.loss)
+    assert math.isnan(result.accuracy)
+    assert result.num_images == 0
+
+
+def test_pulse_comes_before_each_batch_and_its_error_comes_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(trainer.evaluate.PIXELS, "cpu", 1)
+    pulses: list[int] = []
+
+    def pulse() -> None:
+        pulses.append(1)
+        if len(pulses) == 10:
+            raise KeyboardInterrupt
+
+    model = network()
+    evaluate(model, some_split(), CPU, mean=MEAN, std=STD, pulse=pulse)
+    assert len(pulses) == 7
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, some_split(), CPU, mean=MEAN, std=STD, pulse=pulse)
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+def test_metrics_are_those_of_scikit_learn() -> None:
+    source = torch.Generator().manual_seed(3)
+    labels = torch.randint(5, (200,), generator=source)
+    logits = torch.randn(200, 6, generator=source) + 2 * nn.functional.one_hot(labels, 6)
+    predicted = logits.argmax(dim=1).numpy()
+    matrix = confusion_matrix(logits, labels)
+    classes = list(range(6))
+    assert matrix.tolist() == metrics.confusion_matrix(labels, predicted, labels=classes).tolist()
+    precision, recall, f1, support = metrics.precision_recall_fscore_support(
+        labels, predicted, labels=classes, zero_division=0
+    )
+    ours = per_class(matrix)
+    assert [m.precision for m in ours] == pytest.approx(list(precision))
+    assert [m.recall for m in ours] == pytest.approx(list(recall))
+    assert [m.f1 for m in ours] == pytest.approx(list(f1))
+    assert [m.support for m in ours] == list(support)
+    assert macro_f1(matrix) == pytest.approx(metrics.f1_score(labels, predicted, average="macro"))
+    assert macro_recall(matrix) == pytest.approx(sum(recall[:5]) / 5)
+
+
+def test_classes_without_images_do_not_count_in_the_means() -> None:
+    matrix = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
+    assert macro_recall(matrix) == pytest.approx((0.75 + 1) / 2)
+    assert macro_f1(matrix) == pytest.approx((6 / 7 + 8 / 9) / 2)
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(8, 10), (1, 30), (9250, 10000)])
+def test_wilsons_bounds_are_the_shares_that_are_z_deviations_away(
+    successes: int, trials: int
+) -> None:
+    share = successes / trials
+    for bound in wilson_interval(successes, trials):
+        deviation = math.sqrt(bound * (1 - bound) / trials)
+        assert abs(share - bound) == pytest.approx(1.96 * deviation, rel=1e-6)
+
+
+def test_wilsons_interval_stays_between_0_and_1() -> None:
+    assert wilson_interval(0, 0) == (0, 1)
+    assert wilson_interval(0, 5) == (0, pytest.approx(0.4345, abs=1e-4))
+    assert wilson_interval(5, 5) == (pytest.approx(0.5655, abs=1e-4), 1)
