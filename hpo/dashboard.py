@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote
+from urllib.parse import parse_qs
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 import optuna
@@ -53,9 +53,9 @@ def serve(
     """Serve the dashboard until Ctrl-C (or SystemExit in this thread).
 
     host: an address or name to listen on. port: 0 takes a free one. token_file: holds the token;
-    None: a new one is made beyond this machine. ready: called with the link for the browser, the
-    token in it, once the port is open. Raises ConfigError if the file can't be used or the address
-    can't be listened on.
+    None: a new one is made beyond this machine. ready: called with the link for the browser once
+    the port is open; a new token stands in it, one from a file does not. Raises ConfigError if the
+    file can't be used or the address can't be listened on.
     """
     token = _choose_token(host, token_file)
     shown = socket.gethostname() if host in _EVERY_ADDRESS else host
@@ -66,7 +66,13 @@ def serve(
             app, sockets=[listener], ident=None, max_request_body_size=_LARGEST_REQUEST_BYTES
         )
         try:
-            ready(_link(shown, listener.getsockname()[1], token))
+            address = f"[{shown}]" if ":" in shown else shown
+            link = f"http://{address}:{listener.getsockname()[1]}/"
+            if token_file is not None:
+                link += f"?token=(the word in {token_file})"
+            elif token is not None:
+                link += f"?token={token}"
+            ready(link)
             server.run()
         finally:
             server.close()
@@ -217,12 +223,6 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((address, port), family=family)
     except OSError as error:
         raise ConfigError(f"can't listen on {host}, port {port}: {error.strerror}") from error
-
-
-def _link(host: str, port: int, token: str | None) -> str:
-    address = f"[{host}]" if ":" in host else host
-    query = f"?token={quote(token, safe='')}" if token else ""
-    return f"http://{address}:{port}/{query}"
 
 
 def _reason(error: BaseException) -> str:

@@ -321,12 +321,12 @@ def test_the_token_file_holds_one_word(
         link_of(storage, token_file=file)
     file.write_text("sesame\n")
     file.chmod(0o644)
-    assert link_of(storage, token_file=file).endswith("/?token=sesame")
+    assert link_of(storage, token_file=file).endswith(f"/?token=(the word in {file})")
     assert "chmod 600" in caplog.text
     assert "sesame" not in caplog.text
     caplog.clear()
     file.chmod(0o600)
-    assert link_of(storage, host="0.0.0.0", token_file=file).endswith("/?token=sesame")
+    assert "sesame" not in link_of(storage, host="0.0.0.0", token_file=file)
     assert not caplog.records
 
 
@@ -385,13 +385,11 @@ def test_the_browser_comes_in_by_the_link_with_the_token(url: str, tmp_path: Pat
     token_file.touch(mode=0o600)
     token_file.write_text("a/b&c=d")
     with serving(url, "0.0.0.0", str(token_file)) as link, chromium_page() as page:
-        port = urlsplit(link).port
-        assert link == f"http://{socket.gethostname()}:{port}/?token=a%2Fb%26c%3Dd"
-        here = f"http://127.0.0.1:{port}/"
+        here = f"http://127.0.0.1:{urlsplit(link).port}/"
         refused = page.goto(here)
         assert refused is not None
         assert refused.status == 401
-        page.goto(f"{here}?{urlsplit(link).query}")
+        page.goto(f"{here}?token=a%2Fb%26c%3Dd")
         page.get_by_text("clothes").first.wait_for()
         assert "token" not in page.url
         page.goto(f"{here}dashboard/studies/1")

