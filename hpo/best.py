@@ -38,7 +38,7 @@ class BestReport:
 
     def to_json(self) -> dict[str, Any]:
         """As DESIGN's contract has it."""
-        candidate = {
+        candidate: dict[str, Any] = {
             "number": self.trial.number,
             "search_value": self.trial.value,
             "mean": None,

@@ -112,7 +112,9 @@ def launch(
         log = launching.detach(record, options, storage_url=storage)
         typer.echo(f"{record.name} runs in the background, log: {log}", err=True)
         return
-    view = ProgressView(record.name, num_epochs=int(record.spec["space"]["epochs"]), stream=sys.stderr)
+    view = ProgressView(
+        record.name, num_epochs=int(record.spec["space"]["epochs"]), stream=sys.stderr
+    )
     watch = launching.Watch(database, record, executor, executor.num_workers, view)
     ended = watch.run()
     if as_json:
@@ -195,7 +197,9 @@ def trials(study: Study = None, storage: Storage = None, as_json: AsJson = False
     for trial in now.trials:
         value = "-" if trial.value is None else f"{trial.value:.4f}"
         reason = trial.attributes.get("reason", "")
-        typer.echo(f"{trial.number:4d} {trial.state:8s} {value:>6s}  {params_text(trial)}  {reason}")
+        typer.echo(
+            f"{trial.number:4d} {trial.state:8s} {value:>6s}  {params_text(trial)}  {reason}"
+        )
 
 
 @app.command()
@@ -236,7 +240,9 @@ def stop(study: Study = None, storage: Storage = None) -> None:
 @app.command()
 def dashboard(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
-    host: Annotated[str, typer.Option(help="Beyond this machine: only behind a token.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Beyond this machine: only behind a token.")
+    ] = "127.0.0.1",
     token_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Holds the token; else one is made up.")
     ] = None,
@@ -246,7 +252,13 @@ def dashboard(
     from hpo.dashboard import serve
     from storage.schema import optuna_storage
 
-    serve(optuna_storage(_open(storage)), host=host, port=port, token_file=token_file)
+    serve(
+        optuna_storage(_open(storage)),
+        host=host,
+        port=port,
+        token_file=token_file,
+        ready=lambda link: typer.echo(f"dashboard: {link}"),
+    )
 
 
 @app.command()
@@ -255,9 +267,7 @@ def best(
     export: Annotated[
         bool, typer.Option("--export", help="Retrain it, test it once, export it.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="[default: export-STUDY]")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="[default: export-STUDY]")] = None,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:

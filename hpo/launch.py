@@ -23,7 +23,6 @@ from storage import leases
 from storage.database import OUTAGE_SECONDS, Database
 from storage.errors import DatabaseUnreachable, StudyNotFound
 from storage.home import home
-from storage.schema import ensure_tables
 from storage.snapshots import StudySnapshot, snapshot
 from storage.studies import StudyRecord, create_study, find_study, relaunch
 from trainer.config import ConfigError
@@ -287,7 +286,7 @@ class Watch:
                 leases.forget_worker(self.database, worker.id)
         self._workers = []
 
-    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
+    def _on_signal(self, number: int, _frame: types.FrameType | None) -> None:
         if self._received is not None:
             for worker in self._workers:
                 worker.process.kill()

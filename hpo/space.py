@@ -29,7 +29,7 @@ class Range:
 
     def __post_init__(self) -> None:
         for end in (self.low, self.high):
-            if isinstance(end, bool) or not isinstance(end, int | float) or not math.isfinite(end):
+            if type(end) not in (int, float) or not math.isfinite(end):
                 raise ConfigError(f"a range's ends must be numbers, got {end!r}")
         if self.low > self.high:
             raise ConfigError(f"low = {self.low} is above high = {self.high}")
@@ -65,9 +65,7 @@ class SearchSpace:
     @property
     def searched(self) -> tuple[str, ...]:
         """Names of the fields that differ between trials."""
-        return tuple(
-            name for name, what in self.fields.items() if isinstance(what, Range | tuple)
-        )
+        return tuple(name for name, what in self.fields.items() if isinstance(what, Range | tuple))
 
     def largest(self, name: str) -> Any:
         """The largest value that a numeric field can take."""
@@ -131,7 +129,9 @@ def default_space(
     side = max(input_size[1:])
     if num_cores is None:
         small = ("resnet20", "resnet18", "efficientnet_b0")
-        backbones = small if side <= 64 else ("resnet18", "resnet50", "efficientnet_b0")
+        backbones: tuple[str, ...] = (
+            small if side <= 64 else ("resnet18", "resnet50", "efficientnet_b0")
+        )
         images, least, most = 2_000_000, 10, 60
     else:
         backbones = ("smallcnn", "resnet8", "resnet20")

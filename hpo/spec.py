@@ -84,9 +84,7 @@ class StudySpec:
 
 
 def check_study_name(name: str) -> str:
-    """The name. Raises UsageError if it has other characters than letters, digits, '.', '_', '-'."""
+    """The name, if it is one of letters, digits, '.', '_' and '-'. Raises UsageError."""
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
-        raise UsageError(
-            f"a study's name has 1 to 64 of A-Z a-z 0-9 . _ -, got {name[:80]!r}"
-        )
+        raise UsageError(f"a study's name has 1 to 64 of A-Z a-z 0-9 . _ -, got {name[:80]!r}")
     return name

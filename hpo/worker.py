@@ -192,7 +192,7 @@ class Worker:
         finally:
             self._keeper.lease = None
 
-    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
+    def _on_signal(self, _number: int, _frame: types.FrameType | None) -> None:
         if self._pulse.leaving.is_set():
             os._exit(ExitCode.INTERRUPTED)
         self._pulse.leaving.set()

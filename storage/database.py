@@ -107,9 +107,7 @@ class Database:
                 if hopeless(reason):
                     raise StorageError(f"{self.name} refuses: {reason}") from None
                 if time.monotonic() + pause > deadline or self.cancelled.is_set():
-                    raise DatabaseUnreachable(
-                        f"{self.name} gives no answer: {reason}"
-                    ) from None
+                    raise DatabaseUnreachable(f"{self.name} gives no answer: {reason}") from None
                 if not told and pause > 0.5:
                     told = True
                     logger.warning("waiting for the database: %s", reason)

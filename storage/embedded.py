@@ -204,7 +204,14 @@ class EmbeddedPostgres:
             except BlockingIOError:
                 return
         guard = Path(__file__).with_name("embedded_guard.py")
-        command = [sys.executable, "-S", "-E", str(guard), str(self.folder), str(self.socket_folder)]
+        command = [
+            sys.executable,
+            "-S",
+            "-E",
+            str(guard),
+            str(self.folder),
+            str(self.socket_folder),
+        ]
         subprocess.run(  # by a shell that leaves at once: the guard is to be nobody's child
             ["sh", "-c", '"$@" &', "sh", *command],
             check=True,

@@ -103,9 +103,7 @@ def renew(
         if lease is not None:
             given |= {"lease": lease.lease_id, "token": lease.token}
             holds_lease = connection.execute(_RENEW, given).one_or_none() is not None
-        return Renewal(
-            holds_lease=lease is None or holds_lease, study_goes_on=bool(study_goes_on)
-        )
+        return Renewal(holds_lease=lease is None or holds_lease, study_goes_on=bool(study_goes_on))
 
 
 def release(database: Database, lease: Lease) -> None:
@@ -184,9 +182,7 @@ class Fence:
             yield
 
     @contextlib.contextmanager
-    def _statement(
-        self, place: str, statement: Any, lease: Lease, **more: Any
-    ) -> Iterator[None]:
+    def _statement(self, place: str, statement: Any, lease: Lease, **more: Any) -> Iterator[None]:
         given = {"lease": lease.lease_id, "token": lease.token, "study": lease.study_id, **more}
         self._thread.pending = (place, statement, given)
         try:
@@ -194,7 +190,7 @@ class Fence:
         finally:
             self._thread.pending = None
 
-    def _after_begin(self, session: Session, transaction: Any, connection: Connection) -> None:
+    def _after_begin(self, _session: Session, _transaction: Any, connection: Connection) -> None:
         self._run("first", connection)
 
     def _before_commit(self, session: Session) -> None:

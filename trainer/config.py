@@ -87,9 +87,7 @@ class TrainConfig:
             if field.type is float and isinstance(value, int) and not isinstance(value, bool):
                 object.__setattr__(self, field.name, float(value))
             elif field.type in (bool, int, float, str) and type(value) is not field.type:
-                raise ConfigError(
-                    f"{field.name} must be {_name(field.type)}, got {value!r}"
-                )
+                raise ConfigError(f"{field.name} must be {_name(field.type)}, got {value!r}")
         _check(self.lr > 0 and math.isfinite(self.lr), "lr must be > 0", self.lr)
         _check(self.batch_size >= 2, "batch_size must be >= 2", self.batch_size)
         _check(self.epochs >= 1, "epochs must be >= 1", self.epochs)

@@ -16,7 +16,7 @@ from trainer.config import ConfigError, TrainConfig, unknown_name
 
 Precision = Literal["fp32", "bf16"]
 
-PROBE_ROUNDS = 3
+PROBE_ROUNDS = 5
 PROBE_STEP_SECONDS = 0.04
 """A timed step's length is brought near this by its number of images (8 to 64)."""
 PROBE_MARGIN = 1.05
@@ -171,7 +171,11 @@ def _fastest(
 
 
 def _step_seconds(plan: DevicePlan, model: nn.Module, num_images: int, size: Shape) -> float:
-    started = time.perf_counter()
+    """CPU seconds, all threads together, of a forward and a backward pass.
+
+    Time by the clock would depend on which neighbour was busy at the moment.
+    """
+    started = time.process_time()
     images = plan.lay_out(
         torch.linspace(-1, 1, num_images * size[0] * size[1] * size[2]).view(num_images, *size)
     )
@@ -179,4 +183,4 @@ def _step_seconds(plan: DevicePlan, model: nn.Module, num_images: int, size: Sha
         logits = model(images)
     loss = functional.cross_entropy(logits.float(), torch.zeros(num_images, dtype=torch.int64))
     torch.autograd.backward(loss)
-    return time.perf_counter() - started
+    return time.process_time() - started

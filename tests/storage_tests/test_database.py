@@ -17,7 +17,9 @@ def test_any_postgres_url_gets_our_driver(scheme: str) -> None:
     assert normalise_url(f"{scheme}://me@host:1/db").drivername == "postgresql+psycopg2"
 
 
-@pytest.mark.parametrize("url", ["mysql://root@localhost/x", "sqlite:///x.db", "nonsense", "", "://"])
+@pytest.mark.parametrize(
+    "url", ["mysql://root@localhost/x", "sqlite:///x.db", "nonsense", "", "://"]
+)
 def test_any_other_database_is_refused_in_one_line(url: str) -> None:
     with pytest.raises(StorageError) as refused:
         normalise_url(url)

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg2
@@ -59,10 +58,10 @@ def stops(server: EmbeddedPostgres, *, within: float = 15) -> bool:
 
 
 @pytest.fixture
-def folder(short_folder: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+def folder(short_folder: Path, request: pytest.FixtureRequest) -> Path:
     name = f"e{abs(hash(request.node.name)) % 10_000}"
     (short_folder / name).mkdir()
-    yield short_folder / name
+    return short_folder / name
 
 
 def test_processes_that_come_at_one_moment_share_a_server_that_stops_with_the_last(

@@ -30,7 +30,7 @@ def begin(database: Database, study: OpenStudy, worker: str = "w", seconds: floa
     return dataclasses.replace(lease, trial_id=study.bind(lease))
 
 
-def end(database: Database, study: OpenStudy, lease: Lease, state: TrialState) -> None:
+def end(study: OpenStudy, lease: Lease, state: TrialState) -> None:
     trial_id = study.bind(lease)
     value = 0.5 if state == TrialState.COMPLETE else None
     study.end(lease, trial_id, state, value=value, reason="said")
@@ -59,15 +59,15 @@ def test_claims_end_with_the_budget(database: Database) -> None:
 def test_a_study_whose_budget_is_used_up_is_done(database: Database) -> None:
     record = make_study(database, budget=2)
     study = OpenStudy(database, record)
-    end(database, study, begin(database, study), TrialState.COMPLETE)
-    end(database, study, begin(database, study), TrialState.PRUNED)
+    end(study, begin(database, study), TrialState.COMPLETE)
+    end(study, begin(database, study), TrialState.PRUNED)
     assert claim(database, record) is NoWork.DONE
 
 
 def test_a_failed_trial_does_not_count(database: Database) -> None:
     record = make_study(database, budget=1)
     study = OpenStudy(database, record)
-    end(database, study, begin(database, study), TrialState.FAIL)
+    end(study, begin(database, study), TrialState.FAIL)
     assert isinstance(claim(database, record), Lease)
 
 
@@ -153,11 +153,11 @@ def test_ending_again_after_a_lost_commit_changes_nothing(database: Database) ->
     record = make_study(database)
     study = OpenStudy(database, record)
     lease = begin(database, study)
-    end(database, study, lease, TrialState.COMPLETE)
-    end(database, study, lease, TrialState.COMPLETE)
+    end(study, lease, TrialState.COMPLETE)
+    end(study, lease, TrialState.COMPLETE)
     assert states(database, record) == ["COMPLETE"]
     with pytest.raises(LeaseLost):
-        end(database, study, lease, TrialState.PRUNED)
+        end(study, lease, TrialState.PRUNED)
 
 
 def test_a_released_trial_is_resumed_before_anything_new(database: Database) -> None:
@@ -234,7 +234,7 @@ def test_a_study_that_only_fails_ends(database: Database, ends: str, fails: bool
     study = OpenStudy(database, record)
     kinds = {"F": TrialState.FAIL, "C": TrialState.COMPLETE}
     for each in ends:
-        end(database, study, begin(database, study), kinds[each])
+        end(study, begin(database, study), kinds[each])
     assert (claim(database, record) is NoWork.FAILING) is fails
     relaunch(database, record.study_id, budget=None, timeout_seconds=None)
     assert isinstance(claim(database, record), Lease)

@@ -133,7 +133,9 @@ def test_optunas_own_tables_have_the_columns_that_our_statements_name(database: 
     wanted = {
         "studies": {"study_id", "study_name"},
         "study_directions": {"direction", "study_id", "objective"},
-        "trials": {"trial_id", "number", "study_id", "state", "datetime_start", "datetime_complete"},
+        "trials": {
+            "trial_id", "number", "study_id", "state", "datetime_start", "datetime_complete",
+        },
         "trial_params": {"trial_id", "param_name", "param_value", "distribution_json"},
         "trial_values": {"trial_id", "value", "value_type"},
         "trial_intermediate_values": {

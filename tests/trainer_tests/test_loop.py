@@ -23,7 +23,7 @@ from trainer.loop import (
     optimizer_step,
     train,
 )
-from trainer.optim import make_optimizer
+from trainer.optim import lr_at, make_optimizer
 from trainer.state import CheckpointError, TrainState
 
 CPU = DevicePlan(device="cpu", channels_last=True)
@@ -176,6 +176,20 @@ def test_between_reports_modes_and_random_state_are_the_callers(digits: ImageDat
         assert torch.equal(torch.get_rng_state(), state)
         assert torch.is_grad_enabled()
         assert not torch.is_autocast_enabled("cpu")
+
+
+def test_the_schedule_spans_all_optimizer_steps_of_all_epochs(digits: ImageDataset) -> None:
+    for report in train(CONFIG, digits, CPU):
+        last_step = (3 if report.step == 1 else 10 * report.epoch) - 1
+        expected = lr_at(CONFIG, last_step / 30)
+        assert [group["lr"] for group in report.state.optimizer.param_groups] == [expected] * 2
+
+
+def test_a_caller_may_switch_the_model_to_eval_between_reports(digits: ImageDataset) -> None:
+    *_, undisturbed = train(AUGMENTED, digits, CPU)
+    for report in train(AUGMENTED, digits, CPU):
+        report.state.model.eval()
+    assert report.train_loss == undisturbed.train_loss
 
 
 def test_pulse_comes_before_every_batch_of_training_and_evaluation(digits: ImageDataset) -> None:

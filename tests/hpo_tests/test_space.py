@@ -1,0 +1,92 @@
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from hpo.space import Range, SearchSpace, default_space, read_space
+from trainer.config import ConfigError
+
+
+def space_file(folder: Path, content: str) -> Path:
+    path = folder / "space.toml"
+    path.write_text(content)
+    return path
+
+
+def test_a_space_file_gives_ranges_choices_and_fixed_values(tmp_path: Path) -> None:
+    space = read_space(
+        space_file(
+            tmp_path,
+            "[space]\nlr = { low = 1e-5, high = 1e-2, log = true }\n"
+            'backbone = ["resnet8", "resnet20"]\nepochs = 10\n',
+        )
+    )
+    assert space.fields["lr"] == Range(low=1e-5, high=1e-2, log=True)
+    assert space.searched == ("lr", "backbone")
+    assert SearchSpace.from_json(space.to_json()) == space
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[space]\nlr = {low = 1, high = 0.1}", "low = 1 is above high = 0.1"),
+        ("[space]\nlr = {low = 0, high = 1, log = true}", "above 0"),
+        ("[space]\nlr = {low = 0, high = 1}", "lr must be > 0"),
+        ("[space]\nlr = {lo = 0, high = 1}", "a range is"),
+        ("[space]\nlr = {low = 'a', high = 1}", "must be numbers"),
+        ("[space]\nweightdecay = 1", "did you mean weight_decay?"),
+        ("[space]\nbatch_size = [32, 1]", "batch_size must be >= 2"),
+        ("[space]\nbatch_size = [32, 32]", "stands twice"),
+        ("[space]\nbackbone = []", "can't be empty"),
+        ("[space]\nbackbone = {low = 1, high = 2}", "backbone must be a word"),
+        ("[space]\nepochs = [5, 10]", "epochs can't be searched"),
+        ("[space]\noptimizer = ['sgd', 'lion']", "unknown optimizer 'lion'"),
+        ("[space]", "no table [space]"),
+        ("", "no table [space]"),
+        ("[space", "is no TOML"),
+        ("\x00", "is no TOML"),
+    ],
+)
+def test_a_bad_space_file_is_refused_in_one_line(tmp_path: Path, content: str, says: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read_space(space_file(tmp_path, content))
+    assert says in str(refused.value)
+    assert "space.toml" in str(refused.value)
+
+
+def test_a_missing_space_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"can't read the space file .*: No such file"):
+        read_space(tmp_path / "nothing.toml")
+
+
+def test_a_trial_gets_a_config_within_the_space() -> None:
+    space = SearchSpace.from_json(
+        {
+            "lr": {"low": 1e-4, "high": 1e-2, "log": True},
+            "batch_size": {"low": 16, "high": 64},
+            "backbone": ["smallcnn", "resnet8"],
+            "cutout": 3,
+        }
+    )
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(20):
+        config = space.suggest(study.ask(), seed=9)
+        assert 1e-4 <= config.lr <= 1e-2
+        assert 16 <= config.batch_size <= 64
+        assert config.backbone in ("smallcnn", "resnet8")
+        assert (config.cutout, config.seed) == (3, 9)
+
+
+@pytest.mark.parametrize("num_cores", [None, 2, 64])
+@pytest.mark.parametrize("input_size", [(1, 8, 8), (3, 32, 32), (3, 224, 224)])
+@pytest.mark.parametrize("num_train", [500, 54_000, 2_000_000])
+def test_the_default_space_always_searches_the_three_that_matter(
+    num_cores: int | None, input_size: Any, num_train: int
+) -> None:
+    space = default_space(
+        input_size=input_size, num_train=num_train, flips=True, num_cores=num_cores
+    )
+    assert {"lr", "batch_size", "backbone"} <= set(space.searched)
+    assert space.fields["epochs"] >= 5
+    assert SearchSpace.from_json(space.to_json()) == space

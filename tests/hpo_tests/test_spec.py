@@ -1,0 +1,56 @@
+import dataclasses
+import json
+
+import pytest
+
+from hpo.errors import UsageError
+from hpo.space import SearchSpace
+from hpo.spec import StudySpec, check_study_name
+
+SPEC = StudySpec(
+    data="digits",
+    fingerprint="f" * 64,
+    space=SearchSpace.from_json({"lr": {"low": 1e-3, "high": 1e-1}, "epochs": 3}),
+    seed=0,
+    first_rung=4,
+)
+
+
+def test_a_spec_is_the_same_after_a_journey_as_json() -> None:
+    assert StudySpec.from_json(json.loads(json.dumps(SPEC.to_json()))) == SPEC
+
+
+@pytest.mark.parametrize("part", ["hpo", "optuna", "spec"])
+def test_a_study_of_another_version_is_refused(part: str) -> None:
+    values = SPEC.to_json()
+    if part == "spec":
+        values["version"] = 99
+    else:
+        values["versions"][part] = "99"
+    with pytest.raises(UsageError, match=f"made with {part} 99"):
+        StudySpec.from_json(values)
+
+
+def test_only_given_options_are_compared() -> None:
+    assert SPEC.differences({}) == []
+    assert SPEC.differences({"data": "digits", "epochs": 3}) == []
+    assert SPEC.differences({"data": "cifar10", "epochs": 4}) == [
+        "data is 'digits' there and 'cifar10' here",
+        "epochs is 3 there and 4 here",
+    ]
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../x", "x" * 65, "a/b", "a\x00", "é", "<b>", "a;--"])
+def test_a_hostile_study_name_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="a study's name has 1 to 64"):
+        check_study_name(name)
+
+
+@pytest.mark.parametrize("name", ["digits", "A.b_c-9", "x" * 64])
+def test_a_plain_study_name_is_taken(name: str) -> None:
+    assert check_study_name(name) == name
+
+
+def test_a_negative_seed_is_refused() -> None:
+    with pytest.raises(UsageError, match="seed"):
+        dataclasses.replace(SPEC, seed=-1)
