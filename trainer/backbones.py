@@ -52,12 +52,21 @@ def _smallcnn(input_size: Shape, num_classes: int, dropout: float) -> nn.Module:
     for index, width in enumerate((32, 32, 64)):
         layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False)]
         layers += [nn.MaxPool2d(2)] if index < 2 else []
-        layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        layers += [_batch_norm(width), nn.ReLU(inplace=True)]
         channels = width
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout)]
     model = nn.Sequential(*layers, nn.Linear(channels, num_classes))
     _init_convolutions(model)
     return model
+
+
+def _batch_norm(channels: int) -> nn.BatchNorm2d:
+    """With running statistics that follow the weights closely (as in cifar10-airbench).
+
+    An evaluation in the first epochs, by which a rung decides, is up to five points better than
+    with torch's own momentum of 0.1; training is the same.
+    """
+    return nn.BatchNorm2d(channels, momentum=0.4)
 
 
 class _Block(nn.Module):
@@ -66,9 +75,9 @@ class _Block(nn.Module):
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = _batch_norm(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = _batch_norm(width)
         self.stride = stride
         self.new_channels = width - channels
 
@@ -88,7 +97,7 @@ def _cifar_resnet(num_blocks: int) -> "Maker":
     def make(input_size: Shape, num_classes: int, dropout: float) -> nn.Module:
         layers: list[nn.Module] = [
             nn.Conv2d(input_size[0], 16, 3, padding=1, bias=False),
-            nn.BatchNorm2d(16),
+            _batch_norm(16),
             nn.ReLU(inplace=True),
         ]
         channels = 16
