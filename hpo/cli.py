@@ -88,8 +88,10 @@ def launch(
 ) -> None:
     """Search: create a study or go on with it, until its budget of trials is used up."""
     from hpo import launch as launching
+    from hpo.executors.local import warm_up
     from hpo.progress import ProgressView
-    from hpo.status import status_json
+    from hpo.status import how_to_go_on, status_json
+    from hpo.watch import Watch
 
     options = launching.LaunchOptions(
         study=study,
@@ -106,6 +108,8 @@ def launch(
         ),
     )
     database = _open(storage)
+    if not detach:
+        warm_up()
     record = launching.prepare_study(database, options)
     executor = launching.make_executor(record, options, storage_url=storage)
     if detach:
@@ -115,14 +119,19 @@ def launch(
     view = ProgressView(
         record.name, num_epochs=int(record.spec["space"]["epochs"]), stream=sys.stderr
     )
-    watch = launching.Watch(database, record, executor, executor.num_workers, view)
-    ended = watch.run()
+    ended = Watch(
+        database=database,
+        record=record,
+        executor=executor,
+        view=view,
+        lease_seconds=float(record.spec["lease_seconds"]),
+    ).run()
     if as_json:
         _print_json(status_json(record.name, ended))
         return
     typer.echo(view.line(ended))
     if ended.num_finished < ended.budget:
-        typer.echo(f"stopped: {launching.how_to_go_on(record.name, ended)}")
+        typer.echo(f"stopped: {how_to_go_on(record.name, ended)}")
 
 
 @app.command()
@@ -134,18 +143,15 @@ def worker(
     storage: Storage = None,
 ) -> None:
     """Run one worker here, for a study launched anywhere."""
-    from hpo.worker import Launched, Worker
+    from hpo.worker import Worker
     from trainer.device import available_devices
 
     logging.getLogger().setLevel(logging.INFO)
-    launched = None
-    if "HPO_WORKER_ID" in os.environ:
-        launched = Launched(
-            worker_id=os.environ["HPO_WORKER_ID"],
-            launcher_pid=int(os.environ["HPO_LAUNCHER_PID"]),
-        )
     working = Worker(
-        _database(storage), study, device=device or available_devices()[0], launched=launched
+        _database(storage),
+        study,
+        device=device or available_devices()[0],
+        given_id=os.environ.get("HPO_WORKER_ID"),
     )
     raise typer.Exit(working.run())
 
@@ -226,7 +232,7 @@ def studies(storage: Storage = None, as_json: AsJson = False) -> None:
 @app.command()
 def stop(study: Study = None, storage: Storage = None) -> None:
     """Stop a study's workers, on every machine; `hpo launch` goes on."""
-    from hpo.launch import how_to_go_on
+    from hpo.status import how_to_go_on
     from storage.snapshots import snapshot
     from storage.studies import request_stop
 
@@ -339,11 +345,14 @@ def _print_json(document: Any) -> None:
     typer.echo(json.dumps(document, indent=1, allow_nan=False))
 
 
-def main() -> None:
-    """Run the command; each error that a user can cause is one line and its exit code."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; each error that a user can cause is one line and its exit code.
+
+    arguments: of the process, unless given.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        app()
+        app(arguments)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
     except Exception as error:

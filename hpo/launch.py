@@ -1,39 +1,29 @@
-"""Create or continue a study, start workers, watch them, end with an exit code."""
+"""Create or continue a study, and say where its workers are to run."""
 
 import logging
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
-import types
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpo.errors import ExitCode, Interrupted, StudyFailsError, UsageError, WorkersDie
-from hpo.executors.local import LocalExecutor, LocalWorker, num_cores, worker_devices
-from hpo.progress import ProgressView
+from hpo.errors import UsageError
+from hpo.executors.local import LocalExecutor, num_cores, worker_devices
 from hpo.rungs import first_rung
 from hpo.space import SearchSpace, default_space, read_space
 from hpo.spec import StudySpec, check_study_name
-from storage import leases
-from storage.database import OUTAGE_SECONDS, Database
-from storage.errors import DatabaseUnreachable, StudyNotFound
+from storage.database import Database
+from storage.errors import StudyNotFound
 from storage.home import home
-from storage.snapshots import StudySnapshot, snapshot
 from storage.studies import StudyRecord, create_study, find_study, relaunch
 from trainer.config import ConfigError
 from trainer.data.registry import settled_source, source_name
 
 logger = logging.getLogger(__name__)
 DEFAULT_BUDGET = 50
-_POLL_SECONDS = 0.5
-_LEAVING_SECONDS = 15.0
-_MOST_DEATHS_IN_A_ROW = 5
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,110 +190,3 @@ def detach(record: StudyRecord, options: LaunchOptions, *, storage_url: str | No
             start_new_session=True,
         )
     return log
-
-
-@dataclass
-class Watch:
-    """Keeps a study's workers alive until there is no work, and shows how it goes."""
-
-    database: Database
-    record: StudyRecord
-    executor: LocalExecutor
-    num_workers: int
-    view: ProgressView
-    _workers: list[LocalWorker] = field(default_factory=list)
-    _received: signal.Signals | None = None
-    _deaths_in_a_row: int = 0
-
-    def run(self) -> StudySnapshot:
-        """The study when its workers have left, each with nothing more to do.
-
-        Raises Interrupted after a signal, StudyFailsError, WorkersDie, DatabaseUnreachable.
-        """
-        self.database.patience_seconds = OUTAGE_SECONDS
-        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
-        try:
-            study = snapshot(self.database, self.record.study_id)
-            if study.num_finished < study.budget:
-                self._workers = [self.executor.start(index) for index in range(self.num_workers)]
-            with self.view:
-                while self._workers and self._received is None:
-                    self._look()
-                    time.sleep(_POLL_SECONDS)
-            if self._received is not None:
-                raise Interrupted(f"interrupted: {self._left()}")
-            return snapshot(self.database, self.record.study_id)
-        finally:
-            self._end_workers()
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _look(self) -> None:
-        for worker in list(self._workers):
-            code = worker.process.poll()
-            if code is None:
-                continue
-            self._workers.remove(worker)
-            if code == ExitCode.STUDY_FAILS:
-                raise StudyFailsError(self._why_it_fails())
-            if code != ExitCode.DONE:
-                self._replace(worker, code)
-        self.view.show(snapshot(self.database, self.record.study_id))
-
-    def _replace(self, worker: LocalWorker, code: int) -> None:
-        leases.forget_worker(self.database, worker.id)
-        lived = time.monotonic() - worker.started_at
-        self._deaths_in_a_row = 1 if lived > 60 else self._deaths_in_a_row + 1
-        ended = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-        if self._deaths_in_a_row > max(_MOST_DEATHS_IN_A_ROW, 2 * self.num_workers) and code > 0:
-            raise WorkersDie(f"workers end {ended}: {last_line(worker.log)} (see {worker.log})")
-        logger.warning("worker %s ended %s: starting another", worker.id, ended)
-        self._workers.append(self.executor.start(worker.index))
-
-    def _why_it_fails(self) -> str:
-        trials = snapshot(self.database, self.record.study_id).trials
-        reasons = [trial.attributes.get("reason") for trial in trials if trial.state == "FAIL"]
-        return f"{len(reasons)} trials failed, the last one: {reasons[-1] if reasons else '-'}"
-
-    def _left(self) -> str:
-        try:
-            self.database.patience_seconds = 5.0
-            study = snapshot(self.database, self.record.study_id)
-        except DatabaseUnreachable as error:
-            return f"{error}"
-        return how_to_go_on(self.record.name, study)
-
-    def _end_workers(self) -> None:
-        """Ask them to leave; those that don't are killed, and their trials are free at once."""
-        self.executor.signal(self._workers, signal.SIGTERM)
-        deadline = time.monotonic() + _LEAVING_SECONDS
-        for worker in self._workers:
-            try:
-                worker.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
-                worker.process.wait()
-                leases.forget_worker(self.database, worker.id)
-        self._workers = []
-
-    def _on_signal(self, number: int, _frame: types.FrameType | None) -> None:
-        if self._received is not None:
-            for worker in self._workers:
-                worker.process.kill()
-            os._exit(ExitCode.INTERRUPTED)
-        self._received = signal.Signals(number)
-
-
-def how_to_go_on(name: str, study: StudySnapshot) -> str:
-    """What is left, and the command that goes on."""
-    left = study.budget - study.num_finished
-    return f"{left} of {study.budget} trials are left; go on with: hpo launch --study {name}"
-
-
-def last_line(log: Path) -> str:
-    """The last line of a log file that says anything."""
-    try:
-        lines: Sequence[str] = log.read_text(errors="replace").splitlines()
-    except OSError:
-        return "no log"
-    return next((line for line in reversed(lines) if line.strip()), "nothing in its log")

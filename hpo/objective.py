@@ -169,9 +169,15 @@ class TrialRun:
         self._study.end(
             self._lease, self._trial_id, outcome.state, value=outcome.value, reason=outcome.reason
         )
-        # what stopped at a rung may be reopened later, and keeps its checkpoint
-        if self._checkpoints and not (outcome.state == TrialState.PRUNED and outcome.is_feasible):
-            self._checkpoints.remove()
+        if self._checkpoints is None:
+            return
+        try:
+            if outcome.state == TrialState.PRUNED and outcome.is_feasible:
+                self._checkpoints.stop()
+            else:
+                self._checkpoints.remove()
+        except OSError as error:
+            self._do_without_checkpoints(error)
 
     def _take_over(self) -> bytes | None:
         """The newest checkpoint that can be read, None to begin anew."""

@@ -81,3 +81,9 @@ def trials_json(study: StudySnapshot) -> list[dict[str, Any]]:
         }
         for trial in study.trials
     ]
+
+
+def how_to_go_on(name: str, study: StudySnapshot) -> str:
+    """What is left, and the command that goes on."""
+    left = study.budget - study.num_finished
+    return f"{left} of {study.budget} trials are left; go on with: hpo launch --study {name}"

@@ -1,6 +1,8 @@
 """A worker: one process, bound to one device. Claim, train, report, tell, until nothing is left."""
 
+import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -8,6 +10,7 @@ import threading
 import time
 import types
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from hpo.errors import ExitCode, UsageError
 from hpo.objective import TrialRun
@@ -68,8 +71,7 @@ class LeaseKeeper(threading.Thread):
             time.sleep(self._spec.lease_seconds / 3)
             lease = self.lease
             if lease is not None and self._stalls():
-                logger.warning("no batch in %.0f s: the lease runs out", self._spec.stall_seconds)
-                lease = None
+                self._give_up()
             try:
                 renewal = leases.renew(
                     self._database,
@@ -88,22 +90,24 @@ class LeaseKeeper(threading.Thread):
     def _stalls(self) -> bool:
         return time.monotonic() - self._pulse.last_beat > self._spec.stall_seconds
 
-
-@dataclass(frozen=True, kw_only=True)
-class Launched:
-    """A worker that a launcher started: under which name, and by which process."""
-
-    worker_id: str
-    launcher_pid: int
+    def _give_up(self) -> NoReturn:
+        """A training that hangs can't be stopped but with its process; its trial is free then."""
+        logger.error("no batch in %.0f s: this worker hangs and ends", self._spec.stall_seconds)
+        with contextlib.suppress(Exception):
+            leases.forget_worker(self._database, self._worker_id)
+        os._exit(ExitCode.UNEXPECTED)
 
 
 class Worker:
     """Runs trials of one study on one device."""
 
     def __init__(
-        self, database: Database, study_name: str, *, device: str, launched: Launched | None = None
+        self, database: Database, study_name: str, *, device: str, given_id: str | None = None
     ) -> None:
-        """Raises StorageError, StudyNotFound, UsageError or DataError if it can't begin."""
+        """given_id: what a launcher calls this worker; None for one that stands alone.
+
+        Raises StorageError, StudyNotFound, UsageError or DataError if it can't begin.
+        """
         self._database, self._device = database, device
         self._pulse = Pulse()
         database.open()
@@ -120,8 +124,7 @@ class Worker:
                 "its fingerprint differs"
             )
         host = socket.gethostname()
-        self._launched = launched
-        self._worker_id = launched.worker_id if launched else f"{host}-{os.getpid()}"
+        self._worker_id = given_id or f"{host}-{os.getpid()}"
         leases.register_worker(
             database, record.study_id, self._worker_id, host=host, pid=os.getpid(), device=device
         )
@@ -142,7 +145,8 @@ class Worker:
 
     def _work(self) -> ExitCode:
         while not self._pulse.leaving.is_set():
-            if self._launched and self._launched.launcher_pid != os.getppid():
+            launcher = multiprocessing.parent_process()
+            if launcher is not None and not launcher.is_alive():
                 logger.warning("the launcher is gone: leaving")
                 return ExitCode.INTERRUPTED
             claimed = leases.claim(

@@ -22,6 +22,10 @@ _MAGIC = b"hpo checkpoint 1\n"
 _DIGEST_BYTES = 32
 _KEPT = 2
 """The newest, and the one before in case the newest is torn."""
+_STOPPED = "stopped"
+"""Marks a trial that stopped at a rung: nobody writes here, and it may be taken up again."""
+MOST_STOPPED_BYTES = 10 * 2**30
+"""What the stopped trials of a study may keep together."""
 
 
 def checkpoint_root() -> Path:
@@ -48,6 +52,7 @@ class TrialCheckpoints:
             _write(half / f"{step:d}.ckpt", payload)
         if not self._own.exists():
             half.rename(self._own)
+        (self._trial / _STOPPED).unlink(missing_ok=True)
         for folder in self._trial.iterdir():
             if folder != self._own:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -61,6 +66,19 @@ class TrialCheckpoints:
             raise LeaseLost("the checkpoints were taken over") from error
         for _, path in list(_by_step(self._own))[_KEPT:]:
             path.unlink(missing_ok=True)
+
+    def stop(self, *, most_bytes: int = MOST_STOPPED_BYTES) -> None:
+        """The trial may be taken up again. Where such trials keep too much, the oldest go."""
+        for _, path in list(_by_step(self._own))[1:]:
+            path.unlink(missing_ok=True)
+        (self._trial / _STOPPED).touch()
+        stopped = sorted(
+            self._trial.parent.glob(f"*/{_STOPPED}"), key=lambda mark: mark.stat().st_mtime_ns
+        )
+        kept_bytes = [_bytes_below(mark.parent) for mark in stopped]
+        for index, mark in enumerate(stopped):
+            if sum(kept_bytes[index:]) > most_bytes:
+                shutil.rmtree(mark.parent, ignore_errors=True)
 
     def remove(self) -> None:
         """The trial has ended for good."""
@@ -77,6 +95,10 @@ class TrialCheckpoints:
             if payload is not None:
                 found.append((step, payload))
         return found[:_KEPT]
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*.ckpt"))
 
 
 def _by_step(folder: Path) -> Iterator[tuple[int, Path]]:

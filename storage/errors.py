@@ -12,6 +12,11 @@ class DatabaseUnreachable(StorageError):
 class StudyNotFound(StorageError):
     """No study of that name in this database."""
 
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"no study {name[:80]!r} in this database: hpo studies lists those there are"
+        )
+
 
 class LeaseLost(Exception):
     """Somebody else has the trial, or it has ended: what was to be written is not written."""

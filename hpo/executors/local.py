@@ -1,17 +1,27 @@
-"""Worker processes on this machine, each bound to a device, each with a log file."""
+"""Worker processes on this machine, each bound to a device, each with a log file.
 
+They are forked from one server process that has torch loaded and nothing else done with it
+(multiprocessing's forkserver): a worker is there in milliseconds where a new interpreter takes
+seconds, and what torch occupies is shared. A worker runs the same command line as a user would:
+hpo worker.
+"""
+
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from hpo.errors import UsageError
 from storage.home import home
+
+_PRELOADED = ["hpo.worker", "hpo.cli"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +32,13 @@ class LocalWorker:
     index: int
     device: str
     log: Path
-    process: subprocess.Popen[bytes]
+    process: ForkServerProcess
     started_at: float
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; negative for the signal that ended it."""
+        return self.process.exitcode
 
 
 class LocalExecutor:
@@ -35,9 +50,7 @@ class LocalExecutor:
         """devices: one a worker, by torch's names, the same one as often as wanted."""
         self._study_name, self._devices = study_name, devices
         self._logs = home() / "logs" / f"{study_key:d}"
-        self._environment = {**os.environ}
-        if storage_url is not None:
-            self._environment["HPO_STORAGE"] = storage_url
+        self._environment = {} if storage_url is None else {"HPO_STORAGE": storage_url}
         self._num_started = 0
 
     @property
@@ -46,32 +59,21 @@ class LocalExecutor:
         return len(self._devices)
 
     def start(self, index: int) -> LocalWorker:
-        """Start the worker of the index-th device. Its own session: Ctrl-C is ours to forward."""
+        """Start the worker of the index-th device."""
+        warm_up()
         self._logs.mkdir(parents=True, exist_ok=True)
         self._num_started += 1
         device = self._devices[index]
         worker_id = f"{socket.gethostname()}-{os.getpid()}-{index}-{self._num_started}"
         log = self._logs / f"worker-{index}.log"
-        environment = {
-            **self._environment,
-            "HPO_WORKER_ID": worker_id,
-            "HPO_LAUNCHER_PID": str(os.getpid()),
-        }
-        if device == "cpu":
-            # more busy threads than cores is several times slower
-            environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        command = [sys.executable, "-P", "-m", "hpo.cli", "worker"]
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                [*command, "--study", self._study_name, "--device", device],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=environment,
-                start_new_session=True,
-            )
-        if device == "cpu":
-            _pin(process.pid, index)
+        arguments = ["worker", "--study", self._study_name, "--device", device]
+        cores = _cores()
+        process = multiprocessing.get_context("forkserver").Process(
+            target=_run_worker,
+            args=(arguments, {**self._environment, "HPO_WORKER_ID": worker_id}, log),
+            kwargs={"core": cores[index % len(cores)] if device == "cpu" else None},
+        )
+        process.start()
         return LocalWorker(
             id=worker_id,
             index=index,
@@ -84,8 +86,36 @@ class LocalExecutor:
     def signal(self, workers: Sequence[LocalWorker], number: signal.Signals) -> None:
         """Send a signal to those that live."""
         for worker in workers:
-            if worker.process.poll() is None:
-                worker.process.send_signal(number)
+            if worker.exit_code is None and worker.process.pid is not None:
+                os.kill(worker.process.pid, number)
+
+
+def warm_up() -> None:
+    """Start the server that workers are forked from, unless it runs: it loads torch meanwhile."""
+    multiprocessing.set_forkserver_preload(_PRELOADED)
+    # a closed terminal is the launcher's business, which tells the workers
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def _run_worker(
+    arguments: list[str], environment: Mapping[str, str], log: Path, *, core: int | None
+) -> None:
+    """In the new process: a session of its own, for Ctrl-C is the launcher's to forward."""
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(output, sys.stdout.fileno())
+    os.dup2(output, sys.stderr.fileno())
+    os.close(output)
+    os.environ.update(environment)
+    if core is not None and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {core})
+    from hpo.cli import main
+
+    main(arguments)
 
 
 def worker_devices(available: Sequence[str], chosen: str | None, workers: str) -> list[str]:
@@ -118,9 +148,3 @@ def _cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
-
-
-def _pin(pid: int, index: int) -> None:
-    if hasattr(os, "sched_setaffinity"):
-        cores = _cores()
-        os.sched_setaffinity(pid, {cores[index % len(cores)]})
