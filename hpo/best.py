@@ -1,8 +1,7 @@
 """Choose the best trial; retrain it, test it once, export it."""
 
 import contextlib
-import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from trainer.data.dataset import ImageDataset
     from trainer.loop import ProgressReport
 
-logger = logging.getLogger(__name__)
 _SEED_STRIDE = 7_919
 
 
@@ -90,8 +88,12 @@ def known_best(database: Database, record: StudyRecord) -> BestReport:
     return BestReport(study=record.name, trial=trial, notes=notes)
 
 
-def export_best(database: Database, record: StudyRecord, *, out: Path) -> BestReport:
+def export_best(
+    database: Database, record: StudyRecord, *, out: Path, say: Callable[[str], None]
+) -> BestReport:
     """Retrain the best trial on train and validation, open the test split, export.
+
+    say: is told, in a line, how it goes.
 
     The test split is opened after the last decision, and that is counted in the database. Raises
     NoTrialError; UsageError if `out` can't be written; DataError if the data has changed.
@@ -109,13 +111,14 @@ def export_best(database: Database, record: StudyRecord, *, out: Path) -> BestRe
     found = known.trial.attributes["config"]
     config = TrainConfig.from_dict({**found, "seed": found["seed"] + _SEED_STRIDE})
     whole = data.with_validation_in_training()
-    last = _retrain(config, whole, known.trial)
+    last = _retrain(config, whole, known.trial, say)
     num_openings = count_test_opening(database, record.study_id)
     if num_openings > 1:
         known.notes.append(
             f"the test split of this study has been opened {num_openings} times: choosing by its "
             "result makes it too good"
         )
+    say("opening the test split, exporting")
     manifest = export_model(
         last.state.model,
         config=config,
@@ -144,7 +147,9 @@ def export_best(database: Database, record: StudyRecord, *, out: Path) -> BestRe
     )
 
 
-def _retrain(config: TrainConfig, data: "ImageDataset", trial: TrialSnapshot) -> "ProgressReport":
+def _retrain(
+    config: TrainConfig, data: "ImageDataset", trial: TrialSnapshot, say: Callable[[str], None]
+) -> "ProgressReport":
     """The last report of a training as long as the trial's was, or as it would have been.
 
     All cores train one model now, unlike in the search. Raises NoTrialError if it can't be trained
@@ -166,12 +171,10 @@ def _retrain(config: TrainConfig, data: "ImageDataset", trial: TrialSnapshot) ->
     with contextlib.closing(train(config, data, plan)) as reports:
         try:
             for report in reports:
-                logger.info(
-                    "retraining: epoch %g of %g, loss %.4f, %.0f images/s",
-                    report.epoch,
-                    end_step / STEPS_PER_EPOCH,
-                    report.train_loss,
-                    report.images_per_second,
+                say(
+                    f"retraining on {len(data.train):,} images: epoch {report.epoch:g} of "
+                    f"{end_step / STEPS_PER_EPOCH:g}, loss {report.train_loss:.4f}, "
+                    f"{report.images_per_second:,.0f} images/s"
                 )
                 if report.step >= end_step:
                     break

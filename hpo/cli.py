@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -284,7 +285,12 @@ def best(
     record = _the_study(database, study)
     report: BestReport
     if export:
-        report = export_best(database, record, out=out or Path(f"export-{record.name}"))
+        report = export_best(
+            database,
+            record,
+            out=out or Path(f"export-{record.name}"),
+            say=lambda line: typer.echo(line, err=True),
+        )
     else:
         report = known_best(database, record)
     if as_json:
@@ -350,6 +356,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     arguments: of the process, unless given.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     try:
         app(arguments)

@@ -61,6 +61,10 @@ class Watch:
             if self._received is not None:
                 raise Interrupted(f"interrupted: {self._left()}")
             return snapshot(self.database, self.record.study_id)
+        except DatabaseUnreachable as error:
+            if self._received is None:
+                raise
+            raise Interrupted(f"interrupted: {error}") from error
         finally:
             self._end_workers()
             for number, handler in before.items():
@@ -111,7 +115,6 @@ class Watch:
 
     def _left(self) -> str:
         try:
-            self.database.patience_seconds = 5.0
             study = snapshot(self.database, self.record.study_id)
         except DatabaseUnreachable as error:
             return f"{error}"
@@ -135,6 +138,7 @@ class Watch:
                 worker.process.kill()
             os._exit(ExitCode.INTERRUPTED)
         self._received = signal.Signals(number)
+        self.database.cancelled.set()
 
 
 def last_line(log: Path) -> str:
