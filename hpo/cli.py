@@ -112,7 +112,7 @@ def launch(
     if not detach:
         warm_up()
     record = launching.prepare_study(database, options)
-    executor = launching.make_executor(record, options, storage_url=storage)
+    executor = launching.make_executor(record, options, storage_url=storage, command_line=main)
     if detach:
         log = launching.detach(record, options, storage_url=storage)
         typer.echo(f"{record.name} runs in the background, log: {log}", err=True)

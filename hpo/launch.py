@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,11 @@ def parse_duration(option: str, text: str) -> float:
 
 
 def make_executor(
-    record: StudyRecord, options: LaunchOptions, *, storage_url: str | None
+    record: StudyRecord,
+    options: LaunchOptions,
+    *,
+    storage_url: str | None,
+    command_line: Callable[[list[str]], None],
 ) -> LocalExecutor:
     """Where this study's workers run. Raises UsageError for devices that aren't there."""
     from trainer.device import available_devices
@@ -166,6 +170,7 @@ def make_executor(
         study_key=record.checkpoint_key,
         devices=devices,
         storage_url=storage_url,
+        command_line=command_line,
     )
 
 

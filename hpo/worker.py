@@ -42,6 +42,7 @@ class Pulse:
 
     last_beat: float = field(default_factory=time.monotonic)
     leaving: threading.Event = field(default_factory=threading.Event)
+    signalled: bool = False
     taken: bool = False
 
     def beat(self) -> None:
@@ -137,7 +138,10 @@ class Worker:
         self._keeper.start()
         try:
             return self._work()
-        except (StudyNotFound, Leave):
+        except Leave:
+            return self._left()
+        except StudyNotFound:
+            logger.warning("the study was deleted: leaving")
             return ExitCode.DONE
         finally:
             self._database.patience_seconds = 5.0
@@ -163,7 +167,10 @@ class Worker:
                 logger.info("nothing to do: %s", claimed.value)
                 failing = claimed is NoWork.FAILING
                 return ExitCode.STUDY_FAILS if failing else ExitCode.DONE
-        return ExitCode.INTERRUPTED
+        return self._left()
+
+    def _left(self) -> ExitCode:
+        return ExitCode.INTERRUPTED if self._pulse.signalled else ExitCode.DONE
 
     def _run_trial(self, lease: Lease) -> None:
         self._pulse.taken, self._pulse.last_beat = False, time.monotonic()
@@ -199,4 +206,5 @@ class Worker:
     def _on_signal(self, _number: int, _frame: types.FrameType | None) -> None:
         if self._pulse.leaving.is_set():
             os._exit(ExitCode.INTERRUPTED)
+        self._pulse.signalled = True
         self._pulse.leaving.set()

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -45,10 +45,20 @@ class LocalExecutor:
     """Starts worker processes and sends them signals; says nothing of what they do."""
 
     def __init__(
-        self, study_name: str, *, study_key: int, devices: Sequence[str], storage_url: str | None
+        self,
+        study_name: str,
+        *,
+        study_key: int,
+        devices: Sequence[str],
+        storage_url: str | None,
+        command_line: Callable[[list[str]], None],
     ) -> None:
-        """devices: one a worker, by torch's names, the same one as often as wanted."""
+        """devices: one a worker, by torch's names, the same one as often as wanted.
+
+        command_line: runs a command of ours in the process that calls it, and ends that process.
+        """
         self._study_name, self._devices = study_name, devices
+        self._command_line = command_line
         self._logs = home() / "logs" / f"{study_key:d}"
         self._environment = {} if storage_url is None else {"HPO_STORAGE": storage_url}
         self._num_started = 0
@@ -70,8 +80,12 @@ class LocalExecutor:
         cores = _cores()
         process = multiprocessing.get_context("forkserver").Process(
             target=_run_worker,
-            args=(arguments, {**self._environment, "HPO_WORKER_ID": worker_id}, log),
-            kwargs={"core": cores[index % len(cores)] if device == "cpu" else None},
+            args=(self._command_line, arguments),
+            kwargs={
+                "environment": {**self._environment, "HPO_WORKER_ID": worker_id},
+                "log": log,
+                "core": cores[index % len(cores)] if device == "cpu" else None,
+            },
         )
         process.start()
         return LocalWorker(
@@ -102,7 +116,12 @@ def warm_up() -> None:
 
 
 def _run_worker(
-    arguments: list[str], environment: Mapping[str, str], log: Path, *, core: int | None
+    command_line: Callable[[list[str]], None],
+    arguments: list[str],
+    *,
+    environment: Mapping[str, str],
+    log: Path,
+    core: int | None,
 ) -> None:
     """In the new process: a session of its own, for Ctrl-C is the launcher's to forward."""
     os.setsid()
@@ -113,9 +132,7 @@ def _run_worker(
     os.environ.update(environment)
     if core is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
-    from hpo.cli import main
-
-    main(arguments)
+    command_line(arguments)
 
 
 def worker_devices(available: Sequence[str], chosen: str | None, workers: str) -> list[str]:
