@@ -152,7 +152,8 @@ def _retrain(
 ) -> "ProgressReport":
     """The last report of a training as long as the trial's was, or as it would have been.
 
-    All cores train one model now, unlike in the search. Raises NoTrialError if it can't be trained
+    All cores train one model now, unlike in the search, if the data is large enough to gain by it.
+    Raises NoTrialError if it can't be trained
     again.
     """
     from trainer.device import DevicePlan, available_devices
@@ -163,7 +164,7 @@ def _retrain(
         {
             **trial.attributes["plan"],
             "device": device,
-            "num_threads": num_cores() if device == "cpu" else 1,
+            "num_threads": num_cores() if device == "cpu" and len(data.train) > 10_000 else 1,
         }
     )
     stopped_early = trial.state == "COMPLETE" and trial.steps[-1] < config.epochs * STEPS_PER_EPOCH

@@ -62,7 +62,8 @@ def check_export(folder: Path, printed: Any) -> None:
     assert set(manifest["formats"]) == {"torchscript", "onnx", "torch-export", "safetensors"}
     metrics = json.loads((folder / "metrics.json").read_text())
     assert sum(map(sum, metrics["test"]["confusion_matrix"])) == len(test)
-    assert Image.open(folder / "confusion_matrix.png").size[0] > 300
+    with Image.open(folder / "confusion_matrix.png") as picture:
+        assert picture.size[0] > 300
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load.*:FutureWarning")
