@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import psycopg2
+import psycopg2.errors
 import psycopg2.extensions
 import sqlalchemy
 from sqlalchemy import pool as sqlalchemy_pool
@@ -30,7 +31,14 @@ _CONNECT_SECONDS = 5.0
 _STATEMENT_SECONDS = 15
 _ANSWER_SECONDS = 20.0
 """Of silence until a connection counts as dead, also one whose server is stopped."""
+_IDLE_SECONDS = 20.0
+"""In a transaction: a client that vanished or was stopped must not keep its locks for longer."""
 _DRIVER = "postgresql+psycopg2"
+_OUTAGES = (
+    psycopg2.OperationalError,
+    psycopg2.InterfaceError,
+    psycopg2.errors.IdleInTransactionSessionTimeout,
+)
 
 
 def normalise_url(url: str) -> sqlalchemy.URL:
@@ -127,7 +135,10 @@ class Database:
             given = {"host": self.url.host, "port": self.url.port, "dbname": self.url.database,
                      "user": self.url.username, "password": self.url.password}  # fmt: skip
             given |= dict(self.url.query)
-        options = f"-c statement_timeout={_STATEMENT_SECONDS}s -c lock_timeout=10s -c timezone=UTC"
+        options = (
+            f"-c statement_timeout={_STATEMENT_SECONDS}s -c lock_timeout=10s -c timezone=UTC"
+            f" -c idle_in_transaction_session_timeout={int(_IDLE_SECONDS * 1000)}"
+        )
         given["options"] = f"{given.get('options') or ''} {options}"
         given.setdefault("application_name", "hpo")
         given.setdefault("keepalives_idle", 5)
@@ -144,7 +155,7 @@ def outage(error: BaseException) -> str | None:
     """
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, psycopg2.OperationalError | psycopg2.InterfaceError):
+        if isinstance(cause, _OUTAGES):
             return " ".join(str(cause).split()) or type(cause).__name__
         if isinstance(cause, sqlalchemy.exc.TimeoutError):
             return "all connections of this process are busy"

@@ -59,12 +59,16 @@ def claim(
     One transaction under the lock of the study, so that the budget is exact. Raises StudyNotFound.
     """
     given = {"study": study_id, "worker": worker_id, "seconds": lease_seconds}
+    claimed: Lease | None = None
 
     def transaction() -> Lease | NoWork:
+        nonlocal claimed
         with database.engine.begin() as connection:
             study = connection.execute(_LOCK_STUDY, given).one_or_none()
             if study is None:
                 raise StudyNotFound("the study was deleted")
+            if claimed is not None and _renew(connection, claimed, lease_seconds):
+                return claimed  # the COMMIT of an earlier try went through
             if study.stopped:
                 return NoWork.STOPPED
             _reap(connection, given)
@@ -73,11 +77,11 @@ def claim(
             for statement in (_TAKE_OVER, _TAKE_STARTING_POINT, _OPEN_NEW):
                 row = connection.execute(statement, given).one_or_none()
                 if row is not None:
-                    return Lease(**row._mapping)
+                    claimed = Lease(**row._mapping)
+                    return claimed
             used_up = connection.execute(_IS_USED_UP, given).scalar()
             return NoWork.DONE if used_up else NoWork.BUSY
 
-    # run again after a lost COMMIT this leaves an unbound lease, which expires unused
     return database.patiently(transaction)
 
 
@@ -98,12 +102,14 @@ def renew(
 ) -> Renewal:
     """Show that this worker lives, and prolong its lease if it has one. Tried once."""
     with database.engine.begin() as connection:
-        given: dict[str, Any] = {"worker": worker_id, "seconds": lease_seconds}
-        study_goes_on = connection.execute(_SEE_WORKER, given).scalar()
-        if lease is not None:
-            given |= {"lease": lease.lease_id, "token": lease.token}
-            holds_lease = connection.execute(_RENEW, given).one_or_none() is not None
-        return Renewal(holds_lease=lease is None or holds_lease, study_goes_on=bool(study_goes_on))
+        study_goes_on = connection.execute(_SEE_WORKER, {"worker": worker_id}).scalar()
+        holds_lease = lease is None or _renew(connection, lease, lease_seconds)
+        return Renewal(holds_lease=holds_lease, study_goes_on=bool(study_goes_on))
+
+
+def _renew(connection: Connection, lease: Lease, lease_seconds: float) -> bool:
+    given = {"lease": lease.lease_id, "token": lease.token, "seconds": lease_seconds}
+    return connection.execute(_RENEW, given).one_or_none() is not None
 
 
 def release(database: Database, lease: Lease) -> None:
@@ -136,8 +142,9 @@ def forget_worker(database: Database, worker_id: str) -> None:
 
     def transaction() -> None:
         with database.engine.begin() as connection:
-            connection.execute(_FREE_LEASES_OF_WORKER, {"worker": worker_id})
+            # worker, then leases: the order of `renew`, which may be under way
             connection.execute(_FORGET_WORKER, {"worker": worker_id})
+            connection.execute(_FREE_LEASES_OF_WORKER, {"worker": worker_id})
 
     database.patiently(transaction)
 
@@ -297,9 +304,10 @@ _IS_FAILING = text("""
     FROM ended
 """)
 
+# One that was given back stays so: a renewal that comes late would leave it to nobody.
 _RENEW = text("""
     UPDATE hpo_leases SET expires_at = now() + make_interval(secs => :seconds)
-    WHERE lease_id = :lease AND token = :token AND ended_at IS NULL RETURNING lease_id
+    WHERE lease_id = :lease AND token = :token AND expires_at IS NOT NULL RETURNING lease_id
 """)
 
 _RELEASE = text("""

@@ -110,10 +110,12 @@ class OpenStudy:
         """Raises StudyNotFound if the study is gone."""
         self.record = record
         self._database = database
-        storage = optuna_storage(database)
+        storage = database.patiently(lambda: optuna_storage(database))
         self._fence = Fence(storage)
         try:
-            self.study = optuna.load_study(study_name=record.name, storage=storage)
+            self.study = database.patiently(
+                lambda: optuna.load_study(study_name=record.name, storage=storage)
+            )
         except KeyError as error:
             raise StudyNotFound(record.name) from error
 
@@ -126,17 +128,35 @@ class OpenStudy:
             bound = _bound_trial(self._database, lease)
             if bound is not None:
                 return bound  # the COMMIT of an earlier try went through
-            with self._fence.binding(lease):
-                return self.study._storage.create_new_trial(self.study._study_id)
+            try:
+                with self._fence.binding(lease):
+                    return self.study._storage.create_new_trial(self.study._study_id)
+            except LeaseLost:
+                # Optuna tries again by itself, and so meets what its own first try has bound
+                bound = _bound_trial(self._database, lease)
+                if bound is None:
+                    raise
+                return bound
 
         return self._database.patiently(ask)
 
     def trial(self, trial_id: int) -> optuna.Trial:
         """A fresh handle, with all that the database has of the trial."""
-        return self._database.patiently(lambda: optuna.Trial(self.study, trial_id))
+
+        def handle() -> optuna.Trial:
+            # Optuna's cache must know a trial that another process made, or writing a parameter
+            # is a KeyError
+            self.study.get_trials(deepcopy=False)
+            return optuna.Trial(self.study, trial_id)
+
+        return self._database.patiently(handle)
 
     def write(self, lease: Lease, call: Callable[[], Result]) -> Result:
-        """`call` under the fence: suggestions, attributes, constraints. Raises LeaseLost."""
+        """`call` under the fence: suggestions, attributes, constraints. Raises LeaseLost.
+
+        It may run again, so it makes its own `optuna.Trial`: an older one doesn't know what an
+        earlier try has stored.
+        """
         return self._fenced(lambda: self._fence.holding(lease), call)
 
     def report(

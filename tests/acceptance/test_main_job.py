@@ -139,7 +139,8 @@ def test_eight_workers_from_an_empty_database_make_the_budget_exactly(
 def busy_worker(hpo: Hpo) -> dict[str, Any]:
     """A worker whose trial has a report, and a checkpoint therefore."""
     for _ in range(300):
-        for worker in status(hpo)["workers"]:
+        shown = hpo.run("status", "--json")  # there may be no study yet
+        for worker in json.loads(shown.stdout)["workers"] if shown.returncode == 0 else []:
             if worker["trial"] is not None and worker["epoch"] > 0:
                 return dict(worker)
         time.sleep(0.3)

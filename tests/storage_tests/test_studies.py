@@ -104,6 +104,16 @@ def test_a_trial_that_is_taken_up_again_keeps_its_parameters(database: Database)
     assert first == again
 
 
+def test_a_trial_that_another_process_began_can_be_given_a_parameter_with_one_choice(
+    database: Database,
+) -> None:
+    study = OpenStudy(database, make_study(database))
+    lease, trial_id = begun(database, study)
+    elsewhere = OpenStudy(database, study.record)
+    trial = elsewhere.trial(trial_id)
+    assert elsewhere.write(lease, lambda: trial.suggest_categorical("backbone", ["a"])) == "a"
+
+
 def test_a_study_in_another_process_sees_what_has_ended(database: Database) -> None:
     study = OpenStudy(database, make_study(database))
     elsewhere = OpenStudy(database, study.record)
