@@ -3,6 +3,7 @@
 #   make test     install, get what tests need from outside Python, run the tests
 #   make check    ruff, mypy, import-linter
 #   make bench    the figures under benchmarks/
+#   make chaos    the product's commands under every fault, an hour or more
 # Another Python: make PYTHON=python3.12 demo
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 DEBIAN_PACKAGES := chromium dataset-fashion-mnist
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check bench install debian-packages clean
+.PHONY: demo test check bench chaos install debian-packages clean
 
 demo: $(VENV)/installed
 	$(BIN)/hpo launch --trials 50
@@ -28,6 +29,9 @@ check: $(VENV)/installed-test
 
 bench: $(VENV)/installed debian-packages
 	$(BIN)/python -m benchmarks
+
+chaos: $(VENV)/installed-test
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.chaos --long --out benchmarks/chaos.md
 
 install: $(VENV)/installed
 

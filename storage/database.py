@@ -159,7 +159,10 @@ def outage(error: BaseException) -> str | None:
             return " ".join(str(cause).split()) or type(cause).__name__
         if isinstance(cause, sqlalchemy.exc.TimeoutError):
             return "all connections of this process are busy"
-        cause = getattr(cause, "orig", None) or cause.__cause__
+        if isinstance(cause, sqlalchemy.exc.PendingRollbackError):
+            cause = cause.__context__  # Optuna's sampler had gone on after the first error
+        else:
+            cause = getattr(cause, "orig", None) or cause.__cause__
     return None
 
 

@@ -13,6 +13,9 @@ from torch.nn import functional
 
 from trainer.backbones import Shape, build
 from trainer.config import ConfigError, TrainConfig, unknown_name
+from trainer.memory import micro_batch_that_fits
+from trainer.optim import make_optimizer
+from trainer.seeds import own_randomness
 
 Precision = Literal["fp32", "bf16"]
 
@@ -123,14 +126,30 @@ def choose_plan(
     num_classes: int,
     device: str,
     num_threads: int = 1,
+    data_bytes: int = 0,
 ) -> DevicePlan:
-    """The fastest way found to train this backbone here.
+    """The fastest way found to train this backbone here, in micro-batches that fit.
 
     On CUDA bf16 with channels_last where the hardware has it; on a CPU a probe of a few
     training steps, well below a second for small networks, once for each (backbone, size,
-    device, threads) in this process. Does not touch torch's random state.
+    device, threads) in this process. What memory holds is tried on accelerators only, with
+    data_bytes of images beside it. Does not touch torch's random state, and leaves nothing in
+    memory. Raises OutOfMemory if no micro-batch fits.
     """
     prepare(device, num_threads)
+    plan = _fast_plan(config, input_size, num_classes, device, num_threads)
+
+    def attempt(num_images: int) -> None:
+        with own_randomness("memory", config.seed, device=device):
+            _fill_memory(config, plan, num_images, input_size, num_classes, data_bytes)
+
+    micro_batch = micro_batch_that_fits(config, input_size, device, attempt)
+    return plan if micro_batch is None else dataclasses.replace(plan, micro_batch=micro_batch)
+
+
+def _fast_plan(
+    config: TrainConfig, input_size: Shape, num_classes: int, device: str, num_threads: int
+) -> DevicePlan:
     plain = DevicePlan(device=device, num_threads=num_threads)
     if device.startswith("cuda"):
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -146,8 +165,36 @@ def choose_plan(
             candidates.append(dataclasses.replace(last, precision="bf16"))
         config = dataclasses.replace(config, pretrained=False)
         models = [build(config, input_size=input_size, num_classes=num_classes) for _ in candidates]
-        _probed[key] = _fastest(candidates, models, input_size)
+        with own_randomness("speed", config.seed):
+            _probed[key] = _fastest(candidates, models, input_size)
     return _probed[key]
+
+
+def _fill_memory(
+    config: TrainConfig,
+    plan: DevicePlan,
+    num_images: int,
+    input_size: Shape,
+    num_classes: int,
+    data_bytes: int,
+) -> None:
+    """A forward and a backward pass of so many images, with all else that a training keeps.
+
+    That is the data, a whole batch as bytes and as floats, weights, gradients, and the state of
+    the largest optimizer, so that what fits one fits all.
+    """
+    data = torch.empty(data_bytes, dtype=torch.uint8, device=plan.device)
+    whole = (config.batch_size + 1, *input_size)
+    images = torch.zeros(whole, dtype=torch.uint8, device=plan.device)
+    batch = images.float()
+    config = dataclasses.replace(config, pretrained=False, optimizer="adamw")
+    model = plan.place(build(config, input_size=input_size, num_classes=num_classes))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = make_optimizer(config, model.parameters())
+    optimizer.step()
+    _forward_backward(plan, model, batch[:num_images])
+    del data  # held until here
 
 
 def _fastest(
@@ -176,11 +223,17 @@ def _step_seconds(plan: DevicePlan, model: nn.Module, num_images: int, size: Sha
     Time by the clock would depend on which neighbour was busy at the moment.
     """
     started = time.process_time()
-    images = plan.lay_out(
-        torch.linspace(-1, 1, num_images * size[0] * size[1] * size[2]).view(num_images, *size)
+    _forward_backward(
+        plan,
+        model,
+        torch.linspace(-1, 1, num_images * size[0] * size[1] * size[2]).view(num_images, *size),
     )
-    with plan.autocast():
-        logits = model(images)
-    loss = functional.cross_entropy(logits.float(), torch.zeros(num_images, dtype=torch.int64))
-    torch.autograd.backward(loss)
     return time.process_time() - started
+
+
+def _forward_backward(plan: DevicePlan, model: nn.Module, images: Tensor) -> None:
+    """images: (N,C,H,W) float, on the plan's device."""
+    with plan.autocast():
+        logits = model(plan.lay_out(images))
+    labels = torch.zeros(len(images), dtype=torch.int64, device=plan.device)
+    torch.autograd.backward(functional.cross_entropy(logits.float(), labels))

@@ -3,8 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,16 +12,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.augment import augment
-from trainer.config import DataError, OutOfMemory, TrainConfig, TrainingDiverged
+from trainer.config import DataError, TrainConfig, TrainingDiverged
 from trainer.data.dataset import ImageDataset, Split
 from trainer.device import DevicePlan
 from trainer.evaluate import Evaluation, Normaliser, evaluate, no_pulse
+from trainer.memory import memory_errors
 from trainer.optim import clip_gradients, lr_at, set_lr
 from trainer.seeds import own_randomness, seeded_generator
 from trainer.state import TrainState
 
 STEPS_AN_EPOCH = 4
-OUT_OF_MEMORY_WORDS = ("not enough memory", "allocate memory", "out of memory", "bad alloc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +72,7 @@ def train(
     caller's between reports. Raises TrainingDiverged, OutOfMemory, CheckpointError, ConfigError.
     """
     batches = batch_bounds(len(data.train), config.batch_size)
-    with memory_errors(config, plan):
+    with memory_errors(config, plan.device):
         state = TrainState.start(config, data, plan, resume)
         plan, model, optimizer = state.plan, state.model, state.optimizer
         normalise = Normaliser(data.mean, data.std, plan.device)
@@ -81,7 +80,7 @@ def train(
     for leg in [] if state.finished else legs(config.epochs, len(batches), state.step):
         started = time.perf_counter()
         randomness = own_randomness("leg", config.seed, leg.step, device=plan.device)
-        with memory_errors(config, plan), randomness:
+        with memory_errors(config, plan.device), randomness:
             generator = seeded_generator("augment", config.seed, leg.step)
             order = epoch_order(config.seed, leg.epoch, len(train_split)).to(plan.device)
             total_loss = torch.zeros((), device=plan.device)
@@ -233,18 +232,3 @@ def check_finite(train_loss: float, val: Evaluation, leg: Leg, config: TrainConf
         raise TrainingDiverged(
             f"the validation loss is {val.loss} after {epochs:g} epochs (lr {config.lr:g})"
         )
-
-
-@contextmanager
-def memory_errors(config: TrainConfig, plan: DevicePlan) -> Iterator[None]:
-    """Whatever torch or Python say when memory is used up becomes OutOfMemory."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error).lower()
-        if isinstance(error, RuntimeError) and not any(w in text for w in OUT_OF_MEMORY_WORDS):
-            raise
-        raise OutOfMemory(
-            f"{config.backbone} with batch_size {config.batch_size} doesn't fit into the memory "
-            f"of {plan.device}"
-        ) from error

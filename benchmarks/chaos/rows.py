@@ -1,0 +1,45 @@
+"""The rows of FAULTS.md, by number, and how one is run."""
+
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+
+from benchmarks.chaos import rows_database, rows_kills, rows_signals, rows_steering, rows_trials
+from benchmarks.chaos.audit import Finding
+from benchmarks.chaos.stage import Arena, Overdue
+
+Row = Callable[[Arena, bool], Iterator[Finding]]
+
+ROWS: dict[str, Row] = {
+    "1": rows_kills.killed_at_random,
+    "2": rows_kills.killed_at_each_point,
+    "3": rows_kills.reaper_killed,
+    "4": rows_kills.all_killed,
+    "5": rows_signals.told_to_leave,
+    "6": rows_signals.stopped_past_the_lease,
+    "7": rows_signals.hanging,
+    "8": rows_database.postgres_restarted,
+    "9": rows_database.postgres_down,
+    "14": rows_database.empty_database,
+    "15": rows_database.coming_and_going,
+    "16": rows_trials.sick_trainings,
+    "17": rows_trials.only_sick_trainings,
+    "18": rows_kills.killed_while_saving,
+    "20": rows_trials.other_clocks,
+    "21": rows_trials.other_versions,
+    "22": rows_steering.steered,
+    "24": rows_steering.launch_interrupted,
+}
+SHORT = ["1", "2", "5", "8", "14", "15", "18"]
+
+
+def findings_of(arena: Arena, row: str, *, long: bool) -> Iterator[Finding]:
+    """What a row comes to; what breaks it off is a finding, too."""
+    try:
+        yield from ROWS[row](arena, long)
+    except Overdue as error:
+        yield Finding(row=row, done="broken off", violations=[str(error)])
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        yield Finding(row=row, done="broken off by the harness", violations=[reason])

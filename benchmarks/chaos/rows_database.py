@@ -1,0 +1,135 @@
+"""Rows 8, 9, 14, 15: the database goes and comes, workers come and go."""
+
+import math
+import random
+import signal
+import time
+from collections.abc import Iterator
+
+from benchmarks.chaos.audit import Finding, audit
+from benchmarks.chaos.faults import FaultPlan
+from benchmarks.chaos.stage import STUDY, Arena, Command, Stage, repeat, wait_for
+from benchmarks.chaos.zygote import Forked, Zygote
+
+BUDGET = 50
+
+
+def postgres_restarted(arena: Arena, long: bool) -> Iterator[Finding]:
+    """Row 8."""
+    budget, workers = (200, 4) if long else (24, 4)
+    with arena.stage(FaultPlan(folder="", leg_seconds=0.8)) as stage:
+        launcher = stage.launch(trials=budget, workers=workers, epochs=5)
+        modes = iter(("fast", "immediate") * 1000)
+        repeat(
+            lambda: stage.restart_postgres(next(modes)),
+            every=7, until=launcher, seconds=900 if long else 150,
+        )  # fmt: skip
+        done = f"Postgres restarted every 7 s, fast and immediate; {workers} workers, simulated"
+        finding = audit(stage, "8", done=done, budget=budget, epochs=5)
+        finding.check(launcher.code == 0, f"launch ended with {launcher.code}")
+        finding.check(stage.num_restarts > 2, f"only {stage.num_restarts} restarts: too short")
+        _nobody_left(finding, stage, workers)
+        yield finding
+
+
+def postgres_down(arena: Arena, long: bool) -> Iterator[Finding]:
+    """Row 9."""
+    for seconds in (6.0, 60.0) if long else (6.0,):
+        stage_variables = {"HPO_STALL_SECONDS": "4"}
+        with arena.stage(FaultPlan(folder="", leg_seconds=0.3), **stage_variables) as stage:
+            launcher = stage.launch(trials=16, workers=2, epochs=5)
+            wait_for("a trial has ended", lambda: stage.witness("ended"), seconds=60)
+            stage.restart_postgres("immediate", down_seconds=seconds)
+            launcher.wait(180)
+            done = f"Postgres down for {seconds:.0f} s, longer than a lease and than a stall (4 s)"
+            finding = audit(stage, "9", done=done, budget=16, epochs=5)
+            finding.check(launcher.code == 0, f"launch ended with {launcher.code}")
+            finding.check(finding.counts and finding.counts.attempts == 16, "a lease was stolen")
+            _nobody_left(finding, stage, 2)
+            yield finding
+
+
+def _nobody_left(finding: Finding, stage: Stage, workers: int) -> None:
+    pids = {line["pid"] for line in stage.witness("begin")}
+    finding.check(len(pids) <= workers, f"{len(pids) - workers} workers left and were replaced")
+
+
+def empty_database(arena: Arena, long: bool) -> Iterator[Finding]:
+    """Row 14."""
+    with arena.stage(FaultPlan(folder="", leg_seconds=0.1)) as stage:
+        zygote = Zygote(stage)
+        try:
+            early = [zygote.start("worker", "--study", STUDY) for _ in range(16)]
+            codes = [worker.wait(60) for worker in early]
+            wrong = _refusals(early, codes, code=2)
+            num_launchers = 16 if long else 4
+            launchers = [
+                stage.launch(trials=BUDGET, workers=16 // num_launchers)
+                for _ in range(num_launchers)
+            ]
+            codes = [launcher.wait(240) for launcher in launchers]
+        finally:
+            zygote.close()
+        done = (
+            f"16 workers on an empty database at one moment, then {num_launchers} launchers "
+            "with 16 workers together"
+        )
+        finding = audit(stage, "14", done=done, budget=BUDGET)
+        finding.violations += wrong
+        finding.check(set(codes) == {0}, f"launchers ended with {codes}")
+        (schemas,) = stage.query("SELECT count(*) FROM hpo_schema")
+        (studies,) = stage.query("SELECT count(*) FROM studies")
+        finding.check((schemas, studies) == ((1,), (1,)), f"{schemas} schemas, {studies} studies")
+        yield finding
+
+
+def _refusals(commands: list[Forked], codes: list[int], *, code: int) -> list[str]:
+    wrong = [f"a worker ended with {each}" for each in codes if each != code]
+    for command in commands:
+        lines = command.err.read_text().strip().splitlines()
+        if len(lines) != 1:
+            wrong.append(f"a worker said {len(lines)} lines: {lines[-1:]}")
+    return wrong[:3]
+
+
+def coming_and_going(arena: Arena, long: bool) -> Iterator[Finding]:
+    """Row 15."""
+    for round_ in range(20 if long else 1):
+        with arena.stage(FaultPlan(folder="", leg_seconds=0.2)) as stage:
+            zygote = Zygote(stage)
+            try:
+                launcher = stage.launch(trials=BUDGET, workers=2)
+                wait_for("a worker trains", lambda: stage.witness("begin"), seconds=60)
+                _come_and_go(stage, zygote, launcher, random.Random(round_))
+            finally:
+                zygote.close()
+            done = f"16 workers, budget {BUDGET}, starting and stopping at random: {round_ + 1}"
+            finding = audit(stage, "15", done=done, budget=BUDGET)
+            finding.check(launcher.code == 0, f"launch ended with {launcher.code}")
+            yield finding
+
+
+def _come_and_go(stage: Stage, zygote: Zygote, launcher: Command, chance: random.Random) -> None:
+    """Until the launcher has ended: 14 beside its two, told to go or killed as they train."""
+    running: dict[Forked, float] = {}
+
+    def turn() -> None:
+        now = time.monotonic()
+        claimed = {line["pid"] for line in stage.witness("claim")}
+        for worker, until in list(running.items()):
+            if worker.code is not None:
+                del running[worker]
+            elif until == math.inf and worker.pid in claimed:
+                running[worker] = now + chance.uniform(0, 3)
+            elif now > until:
+                number = chance.choice((signal.SIGTERM, signal.SIGINT, signal.SIGKILL))
+                stage.num_kills += number == signal.SIGKILL
+                stage.num_signals += number != signal.SIGKILL
+                worker.send(number)
+                del running[worker]
+        if len(running) < 14:
+            running[zygote.start("worker", "--study", STUDY)] = math.inf
+
+    repeat(turn, every=0.1, until=launcher, seconds=240)
+    for worker in running:
+        worker.wait(30)
