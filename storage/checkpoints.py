@@ -42,8 +42,13 @@ class TrialCheckpoints:
         self._own = self._trial / f"{token:d}"
 
     def take_over(self) -> bytes | None:
-        """The newest valid checkpoint of the attempts before, which are cut off from here on."""
+        """The newest valid checkpoint of the attempts before, which are cut off from here on.
+
+        Raises LeaseLost if a later attempt has been here already.
+        """
         self._trial.mkdir(parents=True, exist_ok=True)
+        if any(token > self._token for token in self._tokens()):
+            raise LeaseLost("the checkpoints were taken over")
         inherited = self._valid_files()
         half = self._trial / f".{self._token:d}"
         shutil.rmtree(half, ignore_errors=True)
@@ -53,9 +58,10 @@ class TrialCheckpoints:
         if not self._own.exists():
             half.rename(self._own)
         (self._trial / _STOPPED).unlink(missing_ok=True)
-        for folder in self._trial.iterdir():
-            if folder != self._own:
-                shutil.rmtree(folder, ignore_errors=True)
+        for token in self._tokens():
+            if token < self._token:
+                shutil.rmtree(self._trial / f"{token:d}", ignore_errors=True)
+                shutil.rmtree(self._trial / f".{token:d}", ignore_errors=True)
         return inherited[0][1] if inherited else None
 
     def save(self, step: int, payload: bytes) -> None:
@@ -84,9 +90,14 @@ class TrialCheckpoints:
         """The trial has ended for good."""
         shutil.rmtree(self._trial, ignore_errors=True)
 
+    def _tokens(self) -> set[int]:
+        """Of the folders of all attempts, finished ones and (with a dot) half-made ones."""
+        names = [folder.name.removeprefix(".") for folder in self._trial.iterdir()]
+        return {int(name) for name in names if name.isdigit()}
+
     def _valid_files(self) -> list[tuple[int, bytes]]:
         """(step, payload), newest first, of the newest folder."""
-        tokens = [int(folder.name) for folder in self._trial.iterdir() if folder.name.isdigit()]
+        tokens = [token for token in self._tokens() if (self._trial / f"{token:d}").is_dir()]
         if not tokens:
             return []
         found = []

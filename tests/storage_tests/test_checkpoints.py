@@ -82,6 +82,14 @@ def test_what_the_old_attempt_writes_after_the_take_over_is_never_read(tmp_path:
     assert attempt(tmp_path, 3).take_over() == b"four"
 
 
+def test_an_attempt_that_wakes_up_late_neither_takes_nor_removes_anything(tmp_path: Path) -> None:
+    begun(tmp_path, 1).save(4, b"four")
+    begun(tmp_path, 3).save(8, b"eight")
+    with pytest.raises(LeaseLost):
+        attempt(tmp_path, 2).take_over()
+    assert attempt(tmp_path, 4).take_over() == b"eight"
+
+
 def test_a_killed_take_over_is_done_again(tmp_path: Path) -> None:
     begun(tmp_path, 1).save(4, b"four")
     half = tmp_path / "7" / "3" / ".2"
