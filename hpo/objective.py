@@ -119,6 +119,7 @@ class TrialRun:
             input_size=self._data.input_size,
             num_classes=self._data.num_classes,
             device=self._device,
+            data_bytes=self._data.train.images.nbytes + self._data.val.images.nbytes,
         )
 
         def note() -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from trainer.data.dataset import Split
 from trainer.device import DevicePlan
+from trainer.memory import is_out_of_memory
 
 PIXELS = {"cpu": 2**19, "mps": 2**23, "cuda": 2**24}
 """Values of all images of a batch together."""
@@ -97,16 +98,39 @@ def _logits(
     normalise: Normaliser,
     pulse: Callable[[], None],
 ) -> Iterator[Tensor]:
-    """Logits (n,classes) batch by batch, on the device; the model's mode is as before after it."""
-    size = PIXELS[torch.device(plan.device).type] // images[0].numel()
+    """Logits (n,classes) batch by batch, on the device; the model's mode is as before after it.
+
+    Where memory doesn't hold a batch, this one and those that follow are half as large.
+    """
+    size = max(8, min(2048, PIXELS[torch.device(plan.device).type] // images[0].numel()))
+    start = 0
     was_training = model.training
     model.eval()
     try:
-        for batch in torch.split(images, max(8, min(2048, size))):
+        while start < len(images):
             pulse()
-            yield _forward(model, batch, plan, normalise)
+            batch = images[start : start + size]
+            logits = _forward_if_it_fits(model, batch, plan, normalise)
+            if logits is None:
+                size = len(batch) // 2
+                torch.accelerator.empty_cache()
+            else:
+                start += len(batch)
+                yield logits
     finally:
         model.train(was_training)
+
+
+def _forward_if_it_fits(
+    model: nn.Module, batch: Tensor, plan: DevicePlan, normalise: Normaliser
+) -> Tensor | None:
+    """None if memory doesn't hold it. One image that doesn't fit raises what torch raises."""
+    try:
+        return _forward(model, batch, plan, normalise)
+    except (MemoryError, RuntimeError) as error:
+        if len(batch) == 1 or not is_out_of_memory(error):
+            raise
+        return None
 
 
 def _forward(model: nn.Module, batch: Tensor, plan: DevicePlan, normalise: Normaliser) -> Tensor:

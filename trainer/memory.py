@@ -65,7 +65,7 @@ def _fits(micro_batch: int, attempt: Callable[[int], None]) -> bool:
         fits = True
     except (MemoryError, RuntimeError) as error:
         no_engine = micro_batch > SMALLEST and NO_ENGINE_WORDS in str(error)
-        if not no_engine and not _is_out_of_memory(error):
+        if not no_engine and not is_out_of_memory(error):
             raise
         fits = False
     # not before here: the error's traceback holds the attempt's tensors
@@ -79,7 +79,7 @@ def memory_errors(config: TrainConfig, device: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemory(
             f"{config.backbone} with batch_size {config.batch_size} doesn't fit into the memory "
@@ -87,6 +87,7 @@ def memory_errors(config: TrainConfig, device: str) -> Iterator[None]:
         ) from error
 
 
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether this is what torch or Python say when memory is used up."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or any(word in text for word in OUT_OF_MEMORY_WORDS)

@@ -123,9 +123,9 @@ def _stopped(stage: Stage, zygote: Zygote, name: str) -> Finding:
     time.sleep(LEASE_SECONDS + 1.5)
 
     def taken() -> bool:
-        legs = stage.witness("leg")
+        done = stage.witness("leg", "ended")
         return any(line["token"] > stop["token"] and line["trial_id"] == stop["trial_id"]
-                   for line in legs) or not bound  # fmt: skip
+                   for line in done) or not bound  # fmt: skip
 
     wait_for("somebody else goes on with the trial", taken, seconds=10)
     woken = time.time()

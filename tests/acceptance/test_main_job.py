@@ -19,8 +19,8 @@ from trainer.data.registry import load
 
 QUICK = ("--backbone", "smallcnn", "--epochs", "2")
 """Trials of a second or less."""
-SLOW = ("--backbone", "resnet20", "--epochs", "30")
-"""Trials of a minute or more."""
+SLOW = ("--backbone", "resnet20", "--epochs", "12")
+"""Trials of ten seconds or more."""
 
 
 def ended(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:

@@ -20,6 +20,7 @@ from trainer.backbones import Shape, build
 from trainer.config import OutOfMemory, TrainConfig
 from trainer.data.dataset import ImageDataset, Split
 from trainer.device import DevicePlan, choose_plan
+from trainer.evaluate import evaluate
 from trainer.loop import num_micro_batches, optimizer_step, train
 from trainer.memory import micro_batch_that_fits
 from trainer.optim import make_optimizer
@@ -270,7 +271,7 @@ def test_what_is_found_trains_within_the_limit(
     backbone: str, size: Shape, at_once: int, micro_batch: int | None
 ) -> None:
     config = dataclasses.replace(SMALL, backbone=backbone)
-    data = random_data(size, 2 * 64 + 1)
+    data = random_data(size, 2 * 64 + 1, num_val=100)
     limit_bytes = needed_bytes(config, size, at_once + 1, num_bytes(data))
     limit = MemoryLimit(limit_bytes)
     plan = plan_within(limit, config, size, num_bytes(data))
@@ -293,6 +294,24 @@ def test_where_only_pairs_fit_pairs_train_and_the_whole_batch_does_not(backbone:
     message = f"{backbone} with batch_size 16 doesn't fit into the memory of cpu"
     with MemoryLimit(limit_bytes), pytest.raises(OutOfMemory, match=message):
         list(train(config, data, CPU))
+
+
+def test_an_evaluation_goes_on_in_smaller_batches_where_large_ones_do_not_fit() -> None:
+    data = random_data((1, 8, 8), 8, num_val=301)
+    model = build(SMALL, input_size=data.input_size, num_classes=3)
+
+    def evaluated_within(limit_bytes: float) -> tuple[Any, int]:
+        limit = MemoryLimit(limit_bytes)
+        with limit:
+            return evaluate(model, data.val, CPU, mean=data.mean, std=data.std), limit.peak_bytes
+
+    whole, peak_bytes = evaluated_within(math.inf)
+    parts, _ = evaluated_within(peak_bytes / 5)
+    assert parts.num_images == 301
+    assert parts.accuracy == whole.accuracy
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluated_within(1000)
 
 
 @pytest.mark.usefixtures("cpu_is_probed", "only_reference_counts")
