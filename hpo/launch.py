@@ -46,6 +46,8 @@ class LaunchOptions:
             raise UsageError(f"--trials must be between 1 and 1000000, got {self.trials}")
         if self.epochs is not None and not 1 <= self.epochs <= 100_000:
             raise UsageError(f"--epochs must be between 1 and 100000, got {self.epochs}")
+        if self.seed is not None and not 0 <= self.seed < 2**31:
+            raise UsageError(f"--seed must be >= 0 and below 2147483648, got {self.seed}")
         if self.study is not None:
             check_study_name(self.study)
 
