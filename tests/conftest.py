@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from storage.schema import ensure_tables
 from tests.parts import Hpo, TcpPostgres, execute, free_port, url_of
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+# a shell's background job ignores Ctrl-C, and so would all that the tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 _numbers = itertools.count()
 
 
