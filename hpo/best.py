@@ -1,19 +1,21 @@
-"""Choose the best trial; retrain it, test it once, export it."""
+"""Choose the best trial; re-check it, retrain it, test it once, export it."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpo.candidates import Candidate, choose, plan_recheck
 from hpo.errors import NoTrialError, UsageError
 from hpo.executors.local import num_cores
 from hpo.progress import params_text
+from hpo.recheck import RunWorkers, fresh_seed, known_candidates, recheck, runs_of
 from hpo.rungs import STEPS_PER_EPOCH
 from hpo.spec import StudySpec
-from hpo.status import best_trial, describe
+from hpo.status import best_trial, describe, launch_command, num_epochs
 from storage.database import Database
-from storage.snapshots import TrialSnapshot, snapshot
+from storage.snapshots import StudySnapshot, TrialSnapshot, snapshot
 from storage.studies import StudyRecord, count_test_opening
 from trainer.config import TrainConfig, TrainingFailure
 
@@ -21,7 +23,17 @@ if TYPE_CHECKING:
     from trainer.data.dataset import ImageDataset
     from trainer.loop import ProgressReport
 
-_SEED_STRIDE = 7_919
+Say = Callable[[str], None]
+"""Is told, in a line, how it goes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOptions:
+    """What `hpo best` was told."""
+
+    out: Path
+    top_k: int = 3
+    num_seeds: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,35 +41,27 @@ class BestReport:
     """What `hpo best` prints; test and export are None unless it exported."""
 
     study: str
-    trial: TrialSnapshot
+    winner: Candidate
+    candidates: Sequence[Candidate]
     test: Mapping[str, Any] | None = None
     export: Mapping[str, Any] | None = None
-    notes: list[str] = field(default_factory=list)
+    notes: Sequence[str] = field(default_factory=tuple)
 
     def to_json(self) -> dict[str, Any]:
         """As DESIGN's contract has it."""
-        candidate: dict[str, Any] = {
-            "number": self.trial.number,
-            "search_value": self.trial.value,
-            "mean": None,
-            "std": None,
-            "values": [],
-        }
         return {
             "study": self.study,
-            "trial": describe(self.trial),
-            "candidates": [candidate],
+            "trial": describe(self.winner.trial),
+            "candidates": [candidate.to_json() for candidate in self.candidates],
             "test": self.test,
             "export": self.export,
         }
 
     def text(self) -> str:
         """For people."""
-        assert self.trial.value is not None
-        lines = [
-            f"{self.study}: best is trial {self.trial.number}, validation accuracy "
-            f"{self.trial.value:.4f} in the search ({params_text(self.trial)})"
-        ]
+        trial = self.winner.trial
+        lines = [f"{self.study}: best is trial {trial.number} ({params_text(trial)})"]
+        lines += [f"  {candidate.text()}" for candidate in self.candidates]
         if self.test is not None and self.export is not None:
             low, high = self.test["ci95"]
             lines.append(
@@ -73,88 +77,178 @@ class BestReport:
         return "\n".join([*lines, *self.notes])
 
 
-def known_best(database: Database, record: StudyRecord) -> BestReport:
-    """The best trial so far; trains nothing. Raises NoTrialError."""
-    study = snapshot(database, record.study_id)
-    trial = best_trial(study.trials)
-    if trial is None:
-        raise NoTrialError(
-            f"study {record.name} has no trial to choose from: {study.num_finished} of "
-            f"{study.budget} have ended; go on with: hpo launch --study {record.name}"
-        )
-    notes = []
-    if study.num_finished < study.budget:
-        notes.append(f"best so far: {study.num_finished} of {study.budget} trials have ended")
-    return BestReport(study=record.name, trial=trial, notes=notes)
+def known_best(
+    database: Database, record: StudyRecord, *, top_k: int, num_seeds: int
+) -> BestReport:
+    """What is known so far; trains nothing. Raises NoTrialError, UsageError."""
+    study = _study_to_choose_from(database, record)
+    plan = plan_recheck(
+        study, top_k=top_k, num_seeds=num_seeds, epochs=StudySpec.from_json(record.spec).epochs
+    )
+    candidates = [
+        candidate
+        for candidate in known_candidates(database, record, plan)
+        if candidate.values or candidate.failures
+    ]
+    if not candidates:
+        best = best_trial(study.trials)
+        assert best is not None
+        candidates = [Candidate(trial=best)]
+    return BestReport(
+        study=record.name,
+        winner=choose(candidates),
+        candidates=candidates,
+        notes=_notes(study),
+    )
 
 
 def export_best(
-    database: Database, record: StudyRecord, *, out: Path, say: Callable[[str], None]
+    database: Database,
+    record: StudyRecord,
+    options: BestOptions,
+    *,
+    run_workers: RunWorkers,
+    say: Say,
 ) -> BestReport:
-    """Retrain the best trial on train and validation, open the test split, export.
-
-    say: is told, in a line, how it goes.
+    """Re-check the best few, retrain the winner on train and validation, test it once, export it.
 
     The test split is opened after the last decision, and that is counted in the database. Raises
-    NoTrialError; UsageError if `out` can't be written; DataError if the data has changed.
+    NoTrialError; UsageError if `out` can't be written; DataError if the data has changed; what
+    `run_workers` raises.
     """
     from trainer.data.registry import load
     from trainer.export.folder import export_model
     from trainer.export.publish import check_out
 
-    check_out(out)
-    known = known_best(database, record)
+    check_out(options.out)
+    study = _study_to_choose_from(database, record)
     spec = StudySpec.from_json(record.spec)
     data = load(spec.data, seed=spec.seed)
     if data.fingerprint != spec.fingerprint:
         raise UsageError(f"{spec.data} has changed since the study was made")
-    found = known.trial.attributes["config"]
-    config = TrainConfig.from_dict({**found, "seed": found["seed"] + _SEED_STRIDE})
+    plan = plan_recheck(study, top_k=options.top_k, num_seeds=options.num_seeds, epochs=spec.epochs)
+    notes = [*_notes(study), *([plan.note] if plan.note else [])]
+    candidates = recheck(database, record, plan, run_workers=run_workers)
+    winner = choose(candidates)
+    for candidate in candidates:
+        say(candidate.text())
+    average = winner.best_average()
+    config = TrainConfig.from_dict(
+        {
+            **winner.trial.attributes["config"],
+            "seed": fresh_seed(winner.trial, 0),
+            **({} if average == "none" else {"average": average}),
+        }
+    )
     whole = data.with_validation_in_training()
-    last = _retrain(config, whole, known.trial, say)
+    last = _retrain(config, whole, winner.trial, say)
     num_openings = count_test_opening(database, record.study_id)
     if num_openings > 1:
-        known.notes.append(
+        notes.append(
             f"the test split of this study has been opened {num_openings} times: choosing by its "
             "result makes it too good"
         )
     say("opening the test split, exporting")
     manifest = export_model(
-        last.state.model,
+        last.state.result,
         config=config,
         data=whole,
         test=data.open_test(),
-        out=out,
+        out=options.out,
         about={
             "study": record.name,
-            "trial": describe(known.trial),
+            "trial": describe(winner.trial),
             "seeds": {"study": spec.seed, "retraining": config.seed},
             "plan": last.state.plan.to_dict(),
             "test_openings": num_openings,
+            "candidates": [candidate.to_json() for candidate in candidates],
+            "averaging": {"chosen": average, "tried": _tried(winner)},
+            "search": _search(study, spec),
         },
         metrics={
-            "search": {"val_accuracy": known.trial.value},
+            "search": {"val_accuracy": winner.search_value},
+            "recheck": {"mean": winner.mean, "std": winner.std, "values": list(winner.values)},
             "retraining": {"epochs": last.epoch, "train_loss": last.train_loss},
         },
     )
-    export = {"dir": str(out), "formats": manifest["formats"], "refused": manifest["refused"]}
-    test = {
-        name: manifest["metrics"]["test"][name]
-        for name in ("accuracy", "ci95", "macro_recall", "macro_f1")
-    }
+    tested = manifest["metrics"]["test"]
     return BestReport(
-        study=known.study, trial=known.trial, test=test, export=export, notes=known.notes
+        study=record.name,
+        winner=winner,
+        candidates=candidates,
+        test={name: tested[name] for name in ("accuracy", "ci95", "macro_recall", "macro_f1")},
+        export={
+            "dir": str(options.out),
+            "formats": manifest["formats"],
+            "refused": manifest["refused"],
+        },
+        notes=notes,
     )
 
 
+def _study_to_choose_from(database: Database, record: StudyRecord) -> StudySnapshot:
+    study = snapshot(database, record.study_id)
+    if best_trial(study.trials) is None:
+        raise NoTrialError(
+            f"study {record.name} has no trial to choose from: {study.num_finished} of "
+            f"{study.budget} have ended; go on with: {launch_command(record.name)}"
+        )
+    return study
+
+
+def _notes(study: StudySnapshot) -> list[str]:
+    if study.num_finished >= study.budget:
+        return []
+    return [f"best so far: {study.num_finished} of {study.budget} trials have ended"]
+
+
+def _search(study: StudySnapshot, spec: StudySpec) -> dict[str, Any]:
+    """What an export says of the search that it comes from."""
+    return {
+        "num_trials": study.num_finished,
+        "complete": study.count("COMPLETE"),
+        "pruned": study.count("PRUNED"),
+        "failed": study.count("FAIL"),
+        "num_epochs": num_epochs(study),
+        "seconds": study.seconds,
+        "space": spec.space.to_json(),
+    }
+
+
+def _tried(winner: Candidate) -> dict[str, Any]:
+    """Validation accuracy of the winner's re-checks with the last weights and with averages."""
+    tried = {"none": winner.values, **winner.averages}
+    return {
+        name: {"mean": sum(values) / len(values), "values": list(values)}
+        for name, values in tried.items()
+        if values
+    }
+
+
+def _curves(
+    database: Database, record: StudyRecord, winner: Candidate
+) -> dict[str, list[tuple[float, float]]]:
+    """Validation accuracy by epoch, of the winner's trial and of its re-checks."""
+    number = winner.trial.number
+    runs = runs_of(database, record, winner)
+    named = {f"trial {number} in the search": winner.trial}
+    named |= {f"trial {number}, fresh seed {index + 1}": run for index, run in enumerate(runs)}
+    return {
+        name: [
+            (step / STEPS_PER_EPOCH, value)
+            for step, value in zip(run.steps, run.values, strict=True)
+        ]
+        for name, run in named.items()
+    }
+
+
 def _retrain(
-    config: TrainConfig, data: "ImageDataset", trial: TrialSnapshot, say: Callable[[str], None]
+    config: TrainConfig, data: "ImageDataset", trial: TrialSnapshot, say: Say
 ) -> "ProgressReport":
     """The last report of a training as long as the trial's was, or as it would have been.
 
     All cores train one model now, unlike in the search, if the data is large enough to gain by it.
-    Raises NoTrialError if it can't be trained
-    again.
+    Raises NoTrialError if it can't be trained again.
     """
     from trainer.device import DevicePlan, available_devices
     from trainer.loop import train

@@ -90,9 +90,7 @@ def launch(
     """Search: create a study or go on with it, until its budget of trials is used up."""
     from hpo import launch as launching
     from hpo.executors.local import warm_up
-    from hpo.progress import ProgressView
-    from hpo.status import how_to_go_on, status_json
-    from hpo.watch import Watch
+    from hpo.status import how_to_go_on, launch_command, status_json
 
     options = launching.LaunchOptions(
         study=study,
@@ -112,27 +110,18 @@ def launch(
     if not detach:
         warm_up()
     record = launching.prepare_study(database, options)
-    executor = launching.make_executor(record, options, storage_url=storage, command_line=main)
+    watch = _watch(database, record, options, storage=storage, command=launch_command(record.name))
     if detach:
         log = launching.detach(record, options, storage_url=storage)
         typer.echo(f"{record.name} runs in the background, log: {log}", err=True)
         return
-    view = ProgressView(
-        record.name, num_epochs=int(record.spec["space"]["epochs"]), stream=sys.stderr
-    )
-    ended = Watch(
-        database=database,
-        record=record,
-        executor=executor,
-        view=view,
-        lease_seconds=float(record.spec["lease_seconds"]),
-    ).run()
+    ended = watch.run()
     if as_json:
         _print_json(status_json(record.name, ended))
         return
-    typer.echo(view.line(ended))
+    typer.echo(watch.view.line(ended))
     if ended.num_finished < ended.budget:
-        typer.echo(f"stopped: {how_to_go_on(record.name, ended)}")
+        typer.echo(f"stopped: {how_to_go_on(ended, launch_command(record.name))}")
 
 
 @app.command()
@@ -233,7 +222,7 @@ def studies(storage: Storage = None, as_json: AsJson = False) -> None:
 @app.command()
 def stop(study: Study = None, storage: Storage = None) -> None:
     """Stop a study's workers, on every machine; `hpo launch` goes on."""
-    from hpo.status import how_to_go_on
+    from hpo.status import how_to_go_on, launch_command
     from storage.snapshots import snapshot
     from storage.studies import request_stop
 
@@ -241,7 +230,8 @@ def stop(study: Study = None, storage: Storage = None) -> None:
     record = _the_study(database, study)
     request_stop(database, record.study_id)
     now = snapshot(database, record.study_id)
-    typer.echo(f"its workers leave within moments: {how_to_go_on(record.name, now)}")
+    go_on = how_to_go_on(now, launch_command(record.name))
+    typer.echo(f"its workers leave within moments: {go_on}")
 
 
 @app.command()
@@ -275,24 +265,33 @@ def best(
         bool, typer.Option("--export", help="Retrain it, test it once, export it.")
     ] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="[default: export-STUDY]")] = None,
+    top_k: Annotated[int, typer.Option(help="Candidates to train again before one is chosen.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Fresh seeds for each; 0: no re-check.")] = 3,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
-    """The best trial; with --export retrained on train and validation, tested once, exported."""
-    from hpo.best import BestReport, export_best, known_best
+    """The best trial; with --export re-checked, retrained on all but the test, tested, exported."""
+    from hpo import best as choosing
 
     database = _open(storage)
     record = _the_study(database, study)
-    report: BestReport
     if export:
-        report = export_best(
+        report = choosing.export_best(
             database,
             record,
-            out=out or Path(f"export-{record.name}"),
+            choosing.BestOptions(
+                out=out or Path(f"export-{record.name}"), top_k=top_k, num_seeds=seeds
+            ),
+            run_workers=lambda child: _watch(
+                database,
+                child,
+                storage=storage,
+                command=f"hpo best --export --study {record.name}",
+            ).run(),
             say=lambda line: typer.echo(line, err=True),
         )
     else:
-        report = known_best(database, record)
+        report = choosing.known_best(database, record, top_k=top_k, num_seeds=seeds)
     if as_json:
         _print_json(report.to_json())
     else:
@@ -331,6 +330,28 @@ def _open(storage: str | None) -> Any:
     database.open()
     ensure_tables(database)
     return database
+
+
+def _watch(
+    database: Any, record: Any, options: Any = None, *, storage: str | None, command: str
+) -> Any:
+    """What runs a study's workers, in view. command: what to type after an interruption."""
+    from hpo import launch as launching
+    from hpo.progress import ProgressView
+    from hpo.watch import Watch
+
+    executor = launching.make_executor(
+        record, options or launching.LaunchOptions(), storage_url=storage, command_line=main
+    )
+    num_epochs = int(record.spec["space"]["epochs"])
+    return Watch(
+        database=database,
+        record=record,
+        executor=executor,
+        view=ProgressView(record.name, num_epochs=num_epochs, stream=sys.stderr),
+        lease_seconds=float(record.spec["lease_seconds"]),
+        command=command,
+    )
 
 
 def _the_study(database: Any, name: str | None) -> Any:

@@ -80,7 +80,9 @@ class TrialRun:
         return outcome
 
     def _suggest(self) -> TrainConfig:
-        """The trial's config: what an earlier attempt was given is kept."""
+        """The trial's config: what it was made with, or an earlier attempt was given, is kept."""
+        if "config" in self._attributes:
+            return TrainConfig.from_dict(self._attributes["config"])
         # seeded by the trial, so that a resumed trial is proposed what it would have been
         seed = trial_seed(self._spec.seed, self.number)
         self._study.study.sampler = optuna.samplers.TPESampler(seed=seed)
@@ -100,7 +102,14 @@ class TrialRun:
         if outcome is not None:
             return outcome
         plan = self._plan(config)
-        reports = train(config, self._data, plan, resume=resume, pulse=self._pulse)
+        reports = train(
+            config,
+            self._data,
+            plan,
+            resume=resume,
+            pulse=self._pulse,
+            try_averages=self._attributes.get("try_averages", ()),
+        )
         with contextlib.closing(reports):
             for report in reports:
                 self._save(report)
@@ -131,6 +140,13 @@ class TrialRun:
         return plan
 
     def _report(self, report: Mapping[str, Any]) -> None:
+        if report["averages"]:
+
+            def note() -> None:
+                trial = optuna.Trial(self._study.study, self._trial_id)
+                trial.set_user_attr("averages", dict(report["averages"]))
+
+            self._study.write(self._lease, note)
         self._study.report(
             self._lease,
             self._trial_id,

@@ -8,16 +8,21 @@ from storage.snapshots import StudySnapshot, TrialSnapshot
 
 
 def best_trial(trials: Sequence[TrialSnapshot]) -> TrialSnapshot | None:
-    """The one that got farthest, of those the most accurate, of those the earliest.
+    """The first of the ranked trials, None if there is none."""
+    return next(iter(ranked_trials(trials)), None)
 
-    A PRUNED trial may be it, one with a broken constraint or without a report may not.
+
+def ranked_trials(trials: Sequence[TrialSnapshot]) -> list[TrialSnapshot]:
+    """Those that got farthest first, of those the most accurate, of those the earliest.
+
+    A PRUNED trial may be among them, one with a broken constraint or without a report may not.
     """
     candidates = [
         trial
         for trial in trials
         if trial.state in ("COMPLETE", "PRUNED") and trial.is_feasible and trial.value is not None
     ]
-    return max(candidates, key=_merit, default=None)
+    return sorted(candidates, key=_merit, reverse=True)
 
 
 def _merit(trial: TrialSnapshot) -> tuple[bool, int, float, int]:
@@ -83,7 +88,12 @@ def trials_json(study: StudySnapshot) -> list[dict[str, Any]]:
     ]
 
 
-def how_to_go_on(name: str, study: StudySnapshot) -> str:
+def launch_command(name: str) -> str:
+    """What a user types to go on with a study."""
+    return f"hpo launch --study {name}"
+
+
+def how_to_go_on(study: StudySnapshot, command: str) -> str:
     """What is left, and the command that goes on."""
     left = study.budget - study.num_finished
-    return f"{left} of {study.budget} trials are left; go on with: hpo launch --study {name}"
+    return f"{left} of {study.budget} trials are left; go on with: {command}"

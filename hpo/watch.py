@@ -36,6 +36,8 @@ class Watch:
     executor: LocalExecutor
     view: ProgressView
     lease_seconds: float
+    command: str
+    """What a user types to go on after an interruption."""
     _workers: list[LocalWorker] = field(default_factory=list)
     _received: signal.Signals | None = None
     _deaths_in_a_row: int = 0
@@ -118,7 +120,7 @@ class Watch:
             study = snapshot(self.database, self.record.study_id)
         except DatabaseUnreachable as error:
             return f"{error}"
-        return how_to_go_on(self.record.name, study)
+        return how_to_go_on(study, self.command)
 
     def _end_workers(self) -> None:
         """Ask them to leave; those that don't are killed, and their trials are free at once."""

@@ -281,13 +281,18 @@ _TAKE_STARTING_POINT = text(f"""
 _OPEN_NEW = text(f"""
     INSERT INTO hpo_leases (study_id, token, worker_id, expires_at)
     SELECT :study, nextval('hpo_tokens'), :worker, now() + make_interval(secs => :seconds)
-    WHERE {_HAS_ROOM}
+    WHERE {_HAS_ROOM} AND (SELECT parent_id IS NULL FROM hpo_studies WHERE study_id = :study)
     RETURNING lease_id, token, study_id, trial_id, attempts
 """)
 
+# Re-checks are a fixed list: when all have ended it is used up, whatever their states.
 _IS_USED_UP = text("""
-    SELECT count(*) >= (SELECT budget FROM hpo_studies WHERE study_id = :study)
-    FROM trials WHERE study_id = :study AND state IN ('COMPLETE', 'PRUNED')
+    SELECT CASE WHEN s.parent_id IS NULL
+        THEN s.budget <= (SELECT count(*) FROM trials t WHERE t.study_id = s.study_id
+            AND t.state IN ('COMPLETE', 'PRUNED'))
+        ELSE NOT EXISTS (SELECT FROM trials t WHERE t.study_id = s.study_id
+            AND t.state IN ('RUNNING', 'WAITING')) END
+    FROM hpo_studies s WHERE s.study_id = :study
 """)
 
 # Since the last launch: three in a row, or more than a tenth of the budget and at least three.

@@ -7,7 +7,7 @@ from sqlalchemy import text
 from storage.database import Database
 from storage.errors import StorageError
 
-VERSION = 1
+VERSION = 2
 _LOCK = 0x68706F  # "hpo", for pg_advisory_xact_lock
 
 _TABLES = """
@@ -15,6 +15,8 @@ CREATE SEQUENCE hpo_tokens;
 
 CREATE TABLE hpo_studies (
     study_id integer PRIMARY KEY REFERENCES studies ON DELETE CASCADE,
+    -- the study whose best trials this one runs again; null: a study of the user's
+    parent_id integer REFERENCES hpo_studies ON DELETE CASCADE,
     spec jsonb NOT NULL,
     budget integer NOT NULL CHECK (budget > 0),
     -- names the study's folder of checkpoints, so that two databases can share one root

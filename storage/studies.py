@@ -32,11 +32,16 @@ class StudyRecord:
     budget: int
     checkpoint_key: int
     test_openings: int
+    parent_id: int | None
+    """The study whose best trials this one runs again; None for a study of the user's."""
 
 
 def find_studies(database: Database) -> list[StudyRecord]:
-    """All studies that this program made, oldest first."""
+    """All studies that users made with this program, oldest first."""
+    return [record for record in _all_studies(database) if record.parent_id is None]
 
+
+def _all_studies(database: Database) -> list[StudyRecord]:
     def query() -> list[StudyRecord]:
         with database.engine.connect() as connection:
             return [StudyRecord(**row._mapping) for row in connection.execute(_STUDIES)]
@@ -45,19 +50,25 @@ def find_studies(database: Database) -> list[StudyRecord]:
 
 
 def find_study(database: Database, name: str) -> StudyRecord:
-    """The study of this name. Raises StudyNotFound."""
-    for record in find_studies(database):
+    """The study of this name, be it the user's or one of re-checks. Raises StudyNotFound."""
+    for record in _all_studies(database):
         if record.name == name:
             return record
     raise StudyNotFound(name)
 
 
 def create_study(
-    database: Database, name: str, *, spec: Mapping[str, Any], budget: int
+    database: Database,
+    name: str,
+    *,
+    spec: Mapping[str, Any],
+    budget: int,
+    parent_id: int | None = None,
 ) -> StudyRecord:
     """Make the study, or find it: whoever comes second gets what the first one made.
 
-    Raises StorageError if the name belongs to an Optuna study that is not ours.
+    With a parent it is one of re-checks: its workers take starting points and make no trial of
+    their own. Raises StorageError if the name belongs to an Optuna study that is not ours.
     """
 
     def transaction() -> None:
@@ -75,6 +86,7 @@ def create_study(
                 "spec": json.dumps(spec),
                 "budget": budget,
                 "key": secrets.randbits(62),
+                "parent": parent_id,
             }
             connection.execute(_CREATE, given)
 
@@ -91,7 +103,7 @@ def relaunch(
 
 
 def request_stop(database: Database, study_id: int) -> None:
-    """Workers of the study give their trials back and leave; `relaunch` undoes it."""
+    """Workers of the study and of its re-checks leave; `relaunch` undoes it."""
     _execute(database, _STOP, {"study": study_id})
 
 
@@ -243,7 +255,8 @@ def _scalar(connection: Connection, statement: Any, given: Mapping[str, Any]) ->
 
 
 _STUDIES = text("""
-    SELECT s.study_id, o.study_name AS name, s.spec, s.budget, s.checkpoint_key, s.test_openings
+    SELECT s.study_id, o.study_name AS name, s.spec, s.budget, s.checkpoint_key, s.test_openings,
+        s.parent_id
     FROM hpo_studies s JOIN studies o USING (study_id) ORDER BY s.study_id
 """)
 
@@ -260,8 +273,8 @@ _CREATE = text("""
     direction AS (
         INSERT INTO study_directions (direction, study_id, objective)
         SELECT 'MAXIMIZE', study_id, 0 FROM study)
-    INSERT INTO hpo_studies (study_id, spec, budget, checkpoint_key)
-    SELECT study_id, CAST(:spec AS jsonb), :budget, :key FROM study
+    INSERT INTO hpo_studies (study_id, spec, budget, checkpoint_key, parent_id)
+    SELECT study_id, CAST(:spec AS jsonb), :budget, :key, CAST(:parent AS integer) FROM study
 """)
 
 _RELAUNCH = text("""
@@ -271,7 +284,9 @@ _RELAUNCH = text("""
     WHERE study_id = :study
 """)
 
-_STOP = text("UPDATE hpo_studies SET stop_requested = true WHERE study_id = :study")
+_STOP = text("""
+    UPDATE hpo_studies SET stop_requested = true WHERE study_id = :study OR parent_id = :study
+""")
 
 _OPEN_TEST = text("""
     UPDATE hpo_studies SET test_openings = test_openings + 1 WHERE study_id = :study

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 Optimizer = Literal["sgd", "adam", "adamw"]
 Schedule = Literal["constant", "step", "cosine", "onecycle"]
+Average = Literal["none", "ema", "tail"]
 
 
 class ConfigError(ValueError):
@@ -70,6 +71,8 @@ class TrainConfig:
     """Largest norm of all gradients together; 0 is off."""
     patience: int = 0
     """Epochs without a better validation accuracy before training ends; 0 is off."""
+    average: Average = "none"
+    """Weights that the finished model has: its last ones, or an average (trainer.averaging)."""
     flip: bool = False
     """Mirror half of the images left to right."""
     translate: int = 0
@@ -93,6 +96,7 @@ class TrainConfig:
         _check(self.epochs >= 1, "epochs must be >= 1", self.epochs)
         _choice("optimizer", self.optimizer, get_args(Optimizer))
         _choice("schedule", self.schedule, get_args(Schedule))
+        _choice("average", self.average, get_args(Average))
         for name in ("momentum", "label_smoothing", "dropout"):
             value = getattr(self, name)
             _check(0 <= value < 1, f"{name} must be in [0, 1)", value)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,7 @@ from trainer.evaluate import Evaluation, Normaliser, evaluate, no_pulse
 from trainer.memory import memory_errors
 from trainer.optim import clip_gradients, lr_at, set_lr
 from trainer.seeds import own_randomness, seeded_generator
-from trainer.state import TrainState
-
-STEPS_AN_EPOCH = 4
+from trainer.state import STEPS_AN_EPOCH, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +45,8 @@ class ProgressReport:
     """Whether this is the last report."""
     reason: str | None = None
     """Why training ended before its last epoch."""
+    averages: Mapping[str, float] = field(default_factory=dict)
+    """Validation accuracy of each average that is kept; empty before the last epoch's end."""
     state: TrainState = field(repr=False, compare=False)
     """Valid until the next report is asked for."""
 
@@ -63,17 +63,27 @@ def train(
     *,
     resume: bytes | None = None,
     pulse: Callable[[], None] = no_pulse,
+    try_averages: Collection[str] = (),
 ) -> Generator[ProgressReport, None, None]:
     """Train on data.train, report after a quarter of an epoch and after each epoch.
 
     An epoch of fewer than 8 batches has no report at its quarter. resume: a state's to_bytes();
     training goes on after it, on a CPU bit for bit as if it had never stopped. pulse is called
-    before each batch, and what it raises ends the training. torch's own random state is the
-    caller's between reports. Raises TrainingDiverged, OutOfMemory, CheckpointError, ConfigError.
+    before each batch, and what it raises ends the training. try_averages: names of averages whose
+    accuracy the last report is to say. torch's own random state is the caller's between reports.
+    Raises TrainingDiverged, OutOfMemory, CheckpointError, ConfigError.
     """
     batches = batch_bounds(len(data.train), config.batch_size)
+    num_steps, last_step = config.epochs * len(batches), config.epochs * STEPS_AN_EPOCH
     with memory_errors(config, plan.device):
-        state = TrainState.start(config, data, plan, resume)
+        state = TrainState.start(
+            config,
+            data,
+            plan,
+            steps_per_epoch=len(batches),
+            resume=resume,
+            try_averages=try_averages,
+        )
         plan, model, optimizer = state.plan, state.model, state.optimizer
         normalise = Normaliser(data.mean, data.std, plan.device)
         train_split, val_split = to_device(data.train, plan), to_device(data.val, plan)
@@ -88,19 +98,26 @@ def train(
             for index in range(leg.first_batch, leg.end_batch):
                 pulse()
                 steps_done = leg.epoch * len(batches) + index
-                set_lr(optimizer, lr_at(config, steps_done / (config.epochs * len(batches))))
+                set_lr(optimizer, lr_at(config, steps_done / num_steps))
                 chosen = order[slice(*batches[index])]
                 images = augment(train_split.images.index_select(0, chosen), config, generator)
                 labels = train_split.labels.index_select(0, chosen)
                 total_loss += optimizer_step(state, normalise(images), labels)
+                state.averages.after_step(model, steps_done / num_steps)
+            state.averages.after_epoch(model, leg.step / last_step)
             num_images = batches[leg.end_batch - 1][1] - batches[leg.first_batch][0]
             train_loss = float(total_loss) / num_images  # waits for the device
             trained = time.perf_counter()
-            val = evaluate(model, val_split, plan, mean=data.mean, std=data.std, pulse=pulse)
+            state.step, state.images_seen = leg.step, state.images_seen + num_images
+            judged = state.averages.models() if leg.step == last_step else {}
+            val, *others = [
+                evaluate(judge, val_split, plan, mean=data.mean, std=data.std, pulse=pulse)
+                for judge in (state.result, *judged.values())
+            ]
         check_finite(train_loss, val, leg, config)
-        state.step, state.images_seen = leg.step, state.images_seen + num_images
         state.seconds += time.perf_counter() - started
-        yield make_report(state, train_loss, val, num_images / (trained - started))
+        averages = dict(zip(judged, (other.accuracy for other in others), strict=True))
+        yield make_report(state, train_loss, val, num_images / (trained - started), averages)
         if state.finished:
             return
 
@@ -186,7 +203,11 @@ def to_device(split: Split, plan: DevicePlan) -> Split:
 
 
 def make_report(
-    state: TrainState, train_loss: float, val: Evaluation, images_per_second: float
+    state: TrainState,
+    train_loss: float,
+    val: Evaluation,
+    images_per_second: float,
+    averages: Mapping[str, float],
 ) -> ProgressReport:
     """The report of the leg just done, which joins the state's history."""
     last = state.step == state.config.epochs * STEPS_AN_EPOCH
@@ -202,6 +223,7 @@ def make_report(
         images_per_second=images_per_second,
         finished=last or reason is not None,
         reason=reason,
+        averages=averages,
         state=state,
     )
     state.history.append(report.to_dict())

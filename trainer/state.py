@@ -3,19 +3,22 @@
 import dataclasses
 import io
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
 from torch import nn
 
+from trainer.averaging import Averages
 from trainer.backbones import build
 from trainer.config import TrainConfig
 from trainer.data.dataset import ImageDataset
 from trainer.device import DevicePlan, prepare
 from trainer.optim import make_optimizer
 
-FORMAT = 1
+FORMAT = 2
+STEPS_AN_EPOCH = 4
 
 
 class CheckpointError(ValueError):
@@ -35,6 +38,7 @@ class TrainState:
     data_identity: list[Any]
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    averages: Averages
     step: int = 0
     """Quarter epochs done."""
     images_seen: int = 0
@@ -44,13 +48,21 @@ class TrainState:
 
     @classmethod
     def start(
-        cls, config: TrainConfig, data: ImageDataset, plan: DevicePlan, resume: bytes | None
+        cls,
+        config: TrainConfig,
+        data: ImageDataset,
+        plan: DevicePlan,
+        *,
+        steps_per_epoch: int,
+        resume: bytes | None = None,
+        try_averages: Collection[str] = (),
     ) -> Self:
         """A new training, or the one whose to_bytes() `resume` is.
 
-        Precision, memory format, micro-batch and threads stay as they were in the checkpoint;
-        only the device is the given plan's. Raises CheckpointError if the bytes are no
-        checkpoint, or one of another config or data; ConfigError if the device isn't there.
+        try_averages: names of averages to keep beside the one that config asks for. Precision,
+        memory format, micro-batch and threads stay as they were in the checkpoint; only the
+        device is the given plan's. Raises CheckpointError if the bytes are no checkpoint, or one
+        of another config or data; ConfigError if the device isn't there.
         """
         saved = None if resume is None else _read(resume, config, data)
         if saved is not None:
@@ -59,12 +71,14 @@ class TrainState:
         prepare(plan.device, plan.num_threads)
         size, num_classes = data.input_size, data.num_classes
         model = plan.place(build(config, input_size=size, num_classes=num_classes))
+        averages = {*try_averages, config.average} - {"none"}
         state = cls(
             config=config,
             plan=plan,
             data_identity=_identity(data),
             model=model,
             optimizer=make_optimizer(config, model.parameters()),
+            averages=Averages(model, averages, steps_per_epoch=steps_per_epoch),
         )
         if saved is not None:
             state._load(saved)
@@ -80,6 +94,7 @@ class TrainState:
             "data_identity": self.data_identity,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "averages": self.averages.state_dict(),
             "step": self.step,
             "images_seen": self.images_seen,
             "seconds": self.seconds,
@@ -87,6 +102,13 @@ class TrainState:
         }
         torch.save(content, file)
         return file.getvalue()
+
+    @property
+    def result(self) -> nn.Module:
+        """The model as it stands: the average that config asks for, from the last step on."""
+        if self.step < self.config.epochs * STEPS_AN_EPOCH:
+            return self.model
+        return self.averages.models().get(self.config.average, self.model)
 
     @property
     def finished(self) -> bool:
@@ -102,6 +124,7 @@ class TrainState:
         try:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
+            self.averages.load_state_dict(saved["averages"])
             self.step, self.images_seen = saved["step"], saved["images_seen"]
             self.seconds, self.history = saved["seconds"], saved["history"]
         except (KeyError, RuntimeError, ValueError) as error:

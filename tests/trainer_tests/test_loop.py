@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from trainer.averaging import Averages
 from trainer.config import DataError, OutOfMemory, TrainConfig, TrainingDiverged
 from trainer.data.dataset import ImageDataset
 from trainer.data.registry import load
@@ -335,7 +336,14 @@ def linear_state(plan: DevicePlan) -> TrainState:
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     chosen = config(optimizer="sgd", momentum=0, lr=0.1)
     optimizer = make_optimizer(chosen, model.parameters())
-    return TrainState(config=chosen, plan=plan, data_identity=[], model=model, optimizer=optimizer)
+    return TrainState(
+        config=chosen,
+        plan=plan,
+        data_identity=[],
+        model=model,
+        optimizer=optimizer,
+        averages=Averages(model, (), steps_per_epoch=1),
+    )
 
 
 def test_micro_batches_add_up_to_the_whole_batch() -> None:

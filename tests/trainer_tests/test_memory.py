@@ -16,6 +16,7 @@ from torchvision.ops import StochasticDepth
 
 import trainer.device
 import trainer.memory
+from trainer.averaging import Averages
 from trainer.backbones import Shape, build
 from trainer.config import OutOfMemory, TrainConfig
 from trainer.data.dataset import ImageDataset, Split
@@ -380,7 +381,14 @@ def gradients(
     """Of one optimizer step on these images, by the parameter's name."""
     plan = dataclasses.replace(CPU, micro_batch=micro_batch)
     optimizer = make_optimizer(config, model.parameters())
-    state = TrainState(config=config, plan=plan, data_identity=[], model=model, optimizer=optimizer)
+    state = TrainState(
+        config=config,
+        plan=plan,
+        data_identity=[],
+        model=model,
+        optimizer=optimizer,
+        averages=Averages(model, (), steps_per_epoch=1),
+    )
     optimizer_step(state, images, torch.arange(len(images)) % 3)
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert len(found) == len(list(model.parameters()))
