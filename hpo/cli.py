@@ -81,6 +81,15 @@ def launch(
     timeout: Annotated[
         str | None, typer.Option(metavar="2h", help="Stop after 90s, 30m or 2h.")
     ] = None,
+    max_params: Annotated[
+        float | None, typer.Option(help="Of the model's weights.  [default: any number]")
+    ] = None,
+    max_megabytes: Annotated[
+        float | None, typer.Option(help="Of float32 weights.  [default: any size]")
+    ] = None,
+    max_latency_ms: Annotated[
+        float | None, typer.Option(help="For one image on a worker.  [default: any]")
+    ] = None,
     detach: Annotated[
         bool, typer.Option("--detach", help="Leave it running in the background.")
     ] = False,
@@ -90,6 +99,7 @@ def launch(
     """Search: create a study or go on with it, until its budget of trials is used up."""
     from hpo import launch as launching
     from hpo.executors.local import warm_up
+    from hpo.limits import Limits
     from hpo.status import how_to_go_on, launch_command, status_json
 
     options = launching.LaunchOptions(
@@ -104,6 +114,9 @@ def launch(
         devices=devices,
         timeout_seconds=(
             None if timeout is None else launching.parse_duration("--timeout", timeout)
+        ),
+        limits=Limits(
+            max_params=max_params, max_megabytes=max_megabytes, max_latency_ms=max_latency_ms
         ),
     )
     database = _open(storage)
@@ -296,6 +309,29 @@ def best(
         _print_json(report.to_json())
     else:
         typer.echo(report.text())
+
+
+@app.command()
+def replay(
+    trial: Annotated[int, typer.Option(metavar="N", help="Number of the trial.")],
+    study: Study = None,
+    epochs: Annotated[float, typer.Option(help="To train again, from the first.")] = 1.0,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a trial's first epochs again: exit code 0 if they give the same values, else 1."""
+    from hpo.replay import replay_trial
+
+    database = _open(storage)
+    record = _the_study(database, study)
+    replayed = replay_trial(
+        database, record, trial, epochs=epochs, say=lambda line: typer.echo(line, err=True)
+    )
+    if as_json:
+        _print_json(replayed.to_json())
+    else:
+        typer.echo(replayed.text())
+    raise typer.Exit(ExitCode.DONE if replayed.is_same else ExitCode.UNEXPECTED)
 
 
 @app.command()

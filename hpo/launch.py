@@ -6,12 +6,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpo.errors import UsageError
 from hpo.executors.local import LocalExecutor, num_cores, worker_devices
+from hpo.limits import Limits
 from hpo.rungs import first_rung
 from hpo.space import SearchSpace, default_space, read_space
 from hpo.spec import StudySpec, check_study_name
@@ -19,8 +20,11 @@ from storage.database import Database
 from storage.errors import StudyNotFound
 from storage.home import home
 from storage.studies import StudyRecord, create_study, find_study, relaunch
-from trainer.config import ConfigError
+from trainer.config import ConfigError, TrainConfig
 from trainer.data.registry import settled_source, source_name
+
+if TYPE_CHECKING:
+    from trainer.data.dataset import ImageDataset
 
 logger = logging.getLogger(__name__)
 DEFAULT_BUDGET = 50
@@ -40,6 +44,7 @@ class LaunchOptions:
     workers: str = "auto"
     devices: str | None = None
     timeout_seconds: float | None = None
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         if self.trials is not None and not 1 <= self.trials <= 1_000_000:
@@ -73,11 +78,16 @@ def prepare_study(database: Database, options: LaunchOptions) -> StudyRecord:
     try:
         record = find_study(database, name)
     except StudyNotFound:
-        spec = _new_spec(data, fields, seed=options.seed or 0)
+        spec = _new_spec(data, fields, options)
         budget = options.trials or DEFAULT_BUDGET
         record = create_study(database, name, spec=spec.to_json(), budget=budget)
     spec = StudySpec.from_json(record.spec)
-    given = {**fields, "data": data if options.data else None, "seed": options.seed}
+    given = {
+        **fields,
+        **options.limits.given(),
+        "data": data if options.data else None,
+        "seed": options.seed,
+    }
     known = {key: value for key, value in given.items() if value is not None}
     differences = spec.differences(known)
     if differences:
@@ -115,10 +125,11 @@ def _check_backbones(fields: Mapping[str, Any]) -> None:
             raise ConfigError(unknown_name("backbone", name, BACKBONES))
 
 
-def _new_spec(data: str, fields: Mapping[str, Any], *, seed: int) -> StudySpec:
+def _new_spec(data: str, fields: Mapping[str, Any], options: LaunchOptions) -> StudySpec:
     from trainer.data.registry import load
     from trainer.device import available_devices
 
+    seed = options.seed or 0
     dataset = load(data, seed=seed)
     space = default_space(
         input_size=dataset.input_size,
@@ -127,17 +138,43 @@ def _new_spec(data: str, fields: Mapping[str, Any], *, seed: int) -> StudySpec:
         num_cores=num_cores() if available_devices() == ["cpu"] else None,
     )
     space = space.replace(**fields)
+    _check_limits(options.limits, space, dataset)
     return StudySpec(
         data=data,
         fingerprint=dataset.fingerprint,
         space=space,
         seed=seed,
+        limits=options.limits,
         first_rung=first_rung(
             num_train=len(dataset.train), largest_batch=int(space.largest("batch_size"))
         ),
         lease_seconds=_seconds("HPO_LEASE_SECONDS", StudySpec.lease_seconds),
         stall_seconds=_seconds("HPO_STALL_SECONDS", StudySpec.stall_seconds),
     )
+
+
+def _check_limits(limits: Limits, space: SearchSpace, data: "ImageDataset") -> None:
+    """Raises UsageError if no backbone of the space is small enough; latency is for workers."""
+    from trainer.footprint import measure_footprint
+
+    sizes = replace(limits, max_latency_ms=None)
+    if not sizes.given():
+        return
+    complaints = {}
+    for backbone in space.choices("backbone"):
+        footprint = measure_footprint(
+            TrainConfig(backbone=backbone),
+            input_size=data.input_size,
+            num_classes=data.num_classes,
+            device="cpu",
+            times_latency=False,
+        )
+        complaint = sizes.complaint(footprint)
+        if complaint is None:
+            return
+        complaints[backbone] = complaint
+    said = ". ".join(f"{name}: {complaint}" for name, complaint in complaints.items())
+    raise UsageError(f"no backbone of the space keeps the limits. {said}")
 
 
 def _seconds(variable: str, default: float) -> float:

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
@@ -17,6 +17,7 @@ from storage.studies import OpenStudy
 from trainer.config import ConfigError, TrainConfig, TrainingFailure
 from trainer.data.dataset import ImageDataset
 from trainer.device import DevicePlan, choose_plan
+from trainer.footprint import measure_footprint
 from trainer.loop import ProgressReport, train
 from trainer.state import CheckpointError, read_history
 
@@ -30,7 +31,13 @@ class Outcome:
     state: TrialState
     value: float | None
     reason: str
-    is_feasible: bool = True
+    constraints: Mapping[str, float] = field(default_factory=dict)
+    """By name; > 0 is broken, and such a trial is never the best."""
+
+    @property
+    def is_feasible(self) -> bool:
+        """Whether no constraint is broken."""
+        return all(value <= 0 for value in self.constraints.values())
 
 
 class TrialRun:
@@ -65,7 +72,10 @@ class TrialRun:
             outcome = self._train(self._suggest())
         except TrainingFailure as failure:
             outcome = Outcome(
-                state=TrialState.PRUNED, value=None, reason=str(failure), is_feasible=False
+                state=TrialState.PRUNED,
+                value=None,
+                reason=str(failure),
+                constraints={"trainable": 1.0},
             )
         except ConfigError as error:
             outcome = Outcome(state=TrialState.FAIL, value=None, reason=str(error))
@@ -99,6 +109,8 @@ class TrialRun:
         for past in history:
             self._report(past)  # one of them may be missing: checkpoints are written first
         outcome = self._outcome(history[-1]) if history else None
+        if outcome is None and not history:
+            outcome = self._too_large(config)
         if outcome is not None:
             return outcome
         plan = self._plan(config)
@@ -118,6 +130,28 @@ class TrialRun:
                 if outcome is not None:
                     return outcome
         raise AssertionError("a training's last report says that it is the last")
+
+    def _too_large(self, config: TrainConfig) -> Outcome | None:
+        """The end of a trial whose model breaks a limit, before an epoch is spent on it."""
+        limits = self._spec.limits
+        if not limits.given():
+            return None
+        footprint = measure_footprint(
+            config,
+            input_size=self._data.input_size,
+            num_classes=self._data.num_classes,
+            device=self._device,
+            times_latency=limits.max_latency_ms is not None,
+        )
+        complaint = limits.complaint(footprint)
+        if complaint is None:
+            return None
+        return Outcome(
+            state=TrialState.PRUNED,
+            value=None,
+            reason=f"{config.backbone} has {complaint}",
+            constraints=limits.excess(footprint),
+        )
 
     def _plan(self, config: TrainConfig) -> DevicePlan:
         """How the device is used: chosen by the first attempt, kept by later ones."""
@@ -176,11 +210,14 @@ class TrialRun:
         return Outcome(state=TrialState.PRUNED, value=value, reason=verdict.reason)
 
     def _tell(self, outcome: Outcome) -> None:
-        if not outcome.is_feasible:
+        if outcome.constraints:
 
             def constrain() -> None:
-                trial = optuna.Trial(self._study.study, self._trial_id)
-                trial.set_constraint("trainable", 1.0)
+                for name, value in outcome.constraints.items():
+                    # again after a lost connection: Optuna would warn of one that is there
+                    trial = optuna.Trial(self._study.study, self._trial_id)
+                    if name not in trial.storage.get_trial(self._trial_id).constraints:
+                        trial.set_constraint(name, value)
 
             self._study.write(self._lease, constrain)
         self._study.end(

@@ -71,6 +71,10 @@ class SearchSpace:
         """The largest value that a numeric field can take."""
         return max(_extremes(self.fields.get(name, _FIELDS[name].default)))
 
+    def choices(self, name: str) -> Sequence[Any]:
+        """The values that a field which is no range can take."""
+        return _extremes(self.fields.get(name, _FIELDS[name].default))
+
     def replace(self, **fields: Any) -> "SearchSpace":
         """This space with some fields as given."""
         return SearchSpace(fields={**self.fields, **fields})

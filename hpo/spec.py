@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpo.errors import UsageError
+from hpo.limits import Limits
 from hpo.space import SearchSpace
 
-VERSION = 1
+VERSION = 2
 
 
 def program_versions() -> dict[str, str]:
@@ -33,6 +34,7 @@ class StudySpec:
     seed: int
     first_rung: int
     """The step at which trials are judged for the first time."""
+    limits: Limits = field(default_factory=Limits)
     eta: int = 4
     """One in `eta` goes on at each rung."""
     lease_seconds: float = 30.0
@@ -68,14 +70,19 @@ class StudySpec:
                     f"the study was made with {name} {found.get(name)}, here is {version}: "
                     "use the same version, or another study"
                 )
-        return cls(**{**values, "space": SearchSpace.from_json(values["space"])})
+        parsed = {
+            "space": SearchSpace.from_json(values["space"]),
+            "limits": Limits(**values["limits"]),
+        }
+        return cls(**{**values, **parsed})
 
     def differences(self, given: Mapping[str, Any]) -> list[str]:
         """Where options differ from this spec, in words.
 
-        given: `data`, `seed` and fields of the space; what is not in it is not compared.
+        given: `data`, `seed`, limits and fields of the space; what is not in it is not compared.
         """
-        mine = {**self.space.fields, "data": self.data, "seed": self.seed}
+        limits = self.limits.given()
+        mine = {**self.space.fields, **limits, "data": self.data, "seed": self.seed}
         return [
             f"{name} is {mine.get(name)!r} there and {value!r} here"
             for name, value in given.items()

@@ -65,11 +65,11 @@ class LeaseKeeper(threading.Thread):
         self._database, self._worker_id = database, worker_id
         self._spec, self._pulse = spec, pulse
         self.lease: Lease | None = None
+        self.ended = threading.Event()
 
     def run(self) -> None:
-        """Until the process ends."""
-        while True:
-            time.sleep(self._spec.lease_seconds / 3)
+        """Until `ended` is set, or the process ends."""
+        while not self.ended.wait(self._spec.lease_seconds / 3):
             lease = self.lease
             if lease is not None and self._stalls():
                 self._give_up()
@@ -144,6 +144,7 @@ class Worker:
             logger.warning("the study was deleted: leaving")
             return ExitCode.DONE
         finally:
+            self._keeper.ended.set()
             self._database.patience_seconds = 5.0
             leases.forget_worker(self._database, self._worker_id)
 
