@@ -16,13 +16,13 @@ BUDGET = 50
 
 def postgres_restarted(arena: Arena, long: bool) -> Iterator[Finding]:
     """Row 8."""
-    budget, workers = (200, 4) if long else (24, 4)
+    budget, workers = (200, 4) if long else (20, 4)
     with arena.stage(FaultPlan(folder="", leg_seconds=0.8)) as stage:
         launcher = stage.launch(trials=budget, workers=workers, epochs=5)
         modes = iter(("fast", "immediate") * 1000)
         repeat(
             lambda: stage.restart_postgres(next(modes)),
-            every=7, until=launcher, seconds=900 if long else 150,
+            every=7, until=launcher, seconds=900 if long else 300,
         )  # fmt: skip
         done = f"Postgres restarted every 7 s, fast and immediate; {workers} workers, simulated"
         finding = audit(stage, "8", done=done, budget=budget, epochs=5)
@@ -67,7 +67,7 @@ def empty_database(arena: Arena, long: bool) -> Iterator[Finding]:
                 stage.launch(trials=BUDGET, workers=16 // num_launchers)
                 for _ in range(num_launchers)
             ]
-            codes = [launcher.wait(240) for launcher in launchers]
+            codes = [launcher.wait(300) for launcher in launchers]
         finally:
             zygote.close()
         done = (
@@ -130,6 +130,6 @@ def _come_and_go(stage: Stage, zygote: Zygote, launcher: Command, chance: random
         if len(running) < 14:
             running[zygote.start("worker", "--study", STUDY)] = math.inf
 
-    repeat(turn, every=0.1, until=launcher, seconds=240)
+    repeat(turn, every=0.1, until=launcher, seconds=300)
     for worker in running:
         worker.wait(30)

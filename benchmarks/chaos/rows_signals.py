@@ -22,13 +22,14 @@ def told_to_leave(arena: Arena, long: bool) -> Iterator[Finding]:
     """Row 5."""
     with arena.stage(FaultPlan(folder="", leg_seconds=0.3)) as stage:
         stage.make_study(trials=8, epochs=5)
-        workers = [stage.start("worker", "--study", STUDY) for _ in LEAVE]
         done = "SIGTERM, SIGINT, SIGHUP to a worker, then to a launcher; simulated training"
-        wrong = [_leaves(stage, worker, each) for worker, each in zip(workers, LEAVE, strict=True)]
+        wrong = []
+        for number in LEAVE:
+            wrong.append(_leaves(stage, stage.start("worker", "--study", STUDY), number))
         for number in LEAVE if long else LEAVE[1:2]:
             launcher = stage.launch(trials=8, workers=2, epochs=5)
             wrong.append(_leaves(stage, launcher, number))
-        code = stage.launch(trials=8, workers=2, epochs=5).wait(120)
+        code = stage.launch(trials=8, workers=2, epochs=5).wait(240)
         finding = audit(stage, "5", done=done, budget=8, epochs=5)
         finding.violations += filter(None, wrong)
         finding.check(code == 0, f"launch ended with {code}")
