@@ -10,6 +10,7 @@ from benchmarks.chaos.audit import Finding, audit
 from benchmarks.chaos.faults import FaultPlan
 from benchmarks.chaos.stage import STUDY, Arena, Command, Stage, repeat, wait_for
 from benchmarks.chaos.zygote import Forked, Zygote
+from storage.leases import MOST_BARREN_ATTEMPTS
 
 BUDGET = 50
 
@@ -62,7 +63,7 @@ def empty_database(arena: Arena, long: bool) -> Iterator[Finding]:
             early = [zygote.start("worker", "--study", STUDY) for _ in range(16)]
             codes = [worker.wait(60) for worker in early]
             wrong = _refusals(early, codes, code=2)
-            num_launchers = 16 if long else 4
+            num_launchers = 16 if long else 2
             launchers = [
                 stage.launch(trials=BUDGET, workers=16 // num_launchers)
                 for _ in range(num_launchers)
@@ -123,6 +124,8 @@ def _come_and_go(stage: Stage, zygote: Zygote, launcher: Command, chance: random
                 running[worker] = now + chance.uniform(0, 3)
             elif now > until:
                 number = chance.choice((signal.SIGTERM, signal.SIGINT, signal.SIGKILL))
+                if worker.pid not in stage.workers(most_barren=MOST_BARREN_ATTEMPTS - 1):
+                    number = signal.SIGTERM  # see Stage.kill_a_worker
                 stage.num_kills += number == signal.SIGKILL
                 stage.num_signals += number != signal.SIGKILL
                 worker.send(number)

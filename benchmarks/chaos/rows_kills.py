@@ -82,24 +82,26 @@ def killed_at_each_point(arena: Arena, long: bool) -> Iterator[Finding]:
         missed = set(POINTS) - _points_hit(stage)
         finding.check(not missed, f"nobody passed {sorted(missed)}: nothing was tried there")
         yield finding
-    every = (*POINTS, *LEAVING_POINTS)
-    for name in every if long else LEAVING_POINTS:
+    yield _killed_at(arena, *LEAVING_POINTS)
+    for name in POINTS if long else ():
         yield _killed_at(arena, name)
 
 
-def _killed_at(arena: Arena, name: str) -> Finding:
-    """At one point, twice, with real training."""
-    faults = [Fault(point=name, times=2)]
-    if name in TAKE_OVER_POINTS:
+def _killed_at(arena: Arena, *names: str) -> Finding:
+    """Twice at each, with real training."""
+    faults = [Fault(point=name, times=2) for name in names]
+    if names[0] in TAKE_OVER_POINTS:
         faults.append(Fault(point="after report", times=2))
-    if name in LEAVING_POINTS:
-        faults.append(Fault(point="after leg", signal="SIGTERM", times=2))
+    if names == LEAVING_POINTS:
+        faults.append(Fault(point="after leg", signal="SIGTERM", times=2 * len(names)))
     with arena.stage(FaultPlan(folder="", faults=tuple(faults))) as stage:
         launcher = stage.launch(trials=3, workers=2, epochs=3)
         launcher.wait(300)
-        finding = audit(stage, "2", done=f"killed {name}, twice; real training", budget=3)
+        done = f"killed {' and '.join(names)}, twice each; real training"
+        finding = audit(stage, "2", done=done, budget=3)
         finding.check(launcher.code == 0, f"launch ended with {launcher.code}")
-        finding.check(name in _points_hit(stage), "nobody passed there: nothing was tried")
+        missed = set(names) - _points_hit(stage)
+        finding.check(not missed, f"nobody passed {sorted(missed)}: nothing was tried there")
         return finding
 
 
