@@ -39,7 +39,7 @@ def postgres_down(arena: Arena, long: bool) -> Iterator[Finding]:
         stage_variables = {"HPO_STALL_SECONDS": "4"}
         with arena.stage(FaultPlan(folder="", leg_seconds=0.3), **stage_variables) as stage:
             launcher = stage.launch(trials=16, workers=2, epochs=5)
-            wait_for("a trial has ended", lambda: stage.witness("ended"), seconds=60)
+            wait_for("a trial has ended", lambda: stage.witness("ended"), seconds=240)
             stage.restart_postgres("immediate", down_seconds=seconds)
             launcher.wait(180)
             done = f"Postgres down for {seconds:.0f} s, longer than a lease and than a stall (4 s)"
@@ -61,7 +61,7 @@ def empty_database(arena: Arena, long: bool) -> Iterator[Finding]:
         zygote = Zygote(stage)
         try:
             early = [zygote.start("worker", "--study", STUDY) for _ in range(16)]
-            codes = [worker.wait(60) for worker in early]
+            codes = [worker.wait(240) for worker in early]
             wrong = _refusals(early, codes, code=2)
             num_launchers = 16 if long else 2
             launchers = [
@@ -100,7 +100,7 @@ def coming_and_going(arena: Arena, long: bool) -> Iterator[Finding]:
             zygote = Zygote(stage)
             try:
                 launcher = stage.launch(trials=BUDGET, workers=2)
-                wait_for("a worker trains", lambda: stage.witness("begin"), seconds=60)
+                wait_for("a worker trains", lambda: stage.witness("begin"), seconds=240)
                 _come_and_go(stage, zygote, launcher, random.Random(round_))
             finally:
                 zygote.close()
@@ -135,4 +135,4 @@ def _come_and_go(stage: Stage, zygote: Zygote, launcher: Command, chance: random
 
     repeat(turn, every=0.1, until=launcher, seconds=300)
     for worker in running:
-        worker.wait(30)
+        worker.wait(120)

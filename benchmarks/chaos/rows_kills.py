@@ -118,18 +118,18 @@ def reaper_killed(arena: Arena, _long: bool) -> Iterator[Finding]:
     plan = FaultPlan(folder="", faults=faults, most_hits=9, leg_seconds=0.1)
     with arena.stage(plan) as stage:
         launcher = stage.launch(trials=5, workers=2)
-        code = launcher.wait(120)
+        code = launcher.wait(240)
         done = "a trial that dies three times, and whoever reaps it killed at each point"
         finding = audit(stage, "3", done=done, budget=5, failed=1)
         finding.check(code == 0, f"launch ended with {code}")
         finding.check("in fail" in _points_hit(stage), "nobody was killed while he reaped")
         yield finding
     with arena.stage(FaultPlan(folder="", faults=(asking,), leg_seconds=0.1)) as stage:
-        stage.launch(trials=3, workers=2).wait(60)
+        stage.launch(trials=3, workers=2).wait(240)
         _ask_and_forget(stage)
         reaper = stage.start("status")
-        code = reaper.wait(60)
-        again = stage.launch(trials=4, workers=1).wait(60)
+        code = reaper.wait(240)
+        again = stage.launch(trials=4, workers=1).wait(240)
         done = "a trial asked for by a process that has gone; `hpo status` killed while it reaps"
         finding = audit(stage, "3", done=done, budget=4)
         finding.check((code, again) == (-9, 0), f"status ended with {code}, launch with {again}")
@@ -150,7 +150,7 @@ def all_killed(arena: Arena, long: bool) -> Iterator[Finding]:
     pause = 60.0 if long else 4.0
     with arena.stage(FaultPlan(folder="", leg_seconds=0.3)) as stage:
         launcher = stage.launch(trials=12, workers=3, epochs=5)
-        wait_for("two trials have ended", lambda: len(stage.witness("ended")) > 1, seconds=60)
+        wait_for("two trials have ended", lambda: len(stage.witness("ended")) > 1, seconds=240)
         launcher.send(signal.SIGKILL)
         for pid in stage.workers():
             with contextlib.suppress(ProcessLookupError):
@@ -160,7 +160,7 @@ def all_killed(arena: Arena, long: bool) -> Iterator[Finding]:
         before = {trial["number"]: trial for trial in stage.json("trials")
                   if trial["state"] in ("COMPLETE", "PRUNED")}  # fmt: skip
         time.sleep(pause)
-        code = stage.launch(trials=12, workers=3, epochs=5).wait(120)
+        code = stage.launch(trials=12, workers=3, epochs=5).wait(240)
         done = f"launcher and all workers killed, launched again after {pause:.0f} s; simulated"
         finding = audit(stage, "4", done=done, budget=12, epochs=5)
         after = {trial["number"]: trial for trial in stage.json("trials")}

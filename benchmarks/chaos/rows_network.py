@@ -175,15 +175,15 @@ def crowded(arena: Arena, _long: bool) -> Iterator[Finding]:
         full_at = time.time()
         try:
             refused = stage.start("worker", "--study", STUDY)
-            code = refused.wait(60)
+            code = refused.wait(240)
             waiting = stage.start("worker", "--study", STUDY)
             wait_for("a new worker says that it waits",
-                     lambda: "waiting for the database" in waiting.stderr, seconds=60)  # fmt: skip
+                     lambda: "waiting for the database" in waiting.stderr, seconds=240)  # fmt: skip
         finally:
             for other in others:
                 other.close()
         crowded_seconds = time.time() - full_at
-        codes = launcher.wait(240), waiting.wait(60)
+        codes = launcher.wait(240), waiting.wait(240)
         done = (
             f"all {len(others) + 3} connections taken for {crowded_seconds:.0f} s; 2 workers run, "
             "one comes and is refused, one comes and waits"

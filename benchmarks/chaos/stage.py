@@ -146,13 +146,13 @@ class Stage:
         launcher = self.launch(
             trials=trials, workers=1, epochs=epochs, **{VARIABLE: plan.to_json()}
         )
-        if launcher.wait(60) != -signal.SIGKILL:
+        if launcher.wait(240) != -signal.SIGKILL:
             raise Overdue(f"hpo launch says: {launcher.stderr[-300:]}")
 
     def json(self, command: str) -> Any:
         """What `hpo COMMAND --json` prints."""
         shown = self.start(command, "--json", **{VARIABLE: FaultPlan(folder=".").to_json()})
-        if shown.wait(60) != 0:
+        if shown.wait(240) != 0:
             raise Overdue(f"hpo {command} says: {shown.stderr[-300:]}")
         return json.loads(shown.stdout)
 
