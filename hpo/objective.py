@@ -1,6 +1,7 @@
 """One trial: what it trains, what it reports, and where it ends."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ class TrialRun:
     def run(self) -> Outcome:
         """Train until the trial's end and tell it. Raises LeaseLost, and what `pulse` raises."""
         try:
-            outcome = self._train(self._suggest())
+            outcome = self._go_on(self._suggest())
         except TrainingFailure as failure:
             outcome = Outcome(
                 state=TrialState.PRUNED,
@@ -103,8 +104,16 @@ class TrialRun:
 
         return self._study.write(self._lease, suggest)
 
-    def _train(self, config: TrainConfig) -> Outcome:
+    def _go_on(self, config: TrainConfig) -> Outcome:
+        """From the newest checkpoint; anew if that turns out to be none of this trial's."""
         resume = self._take_over()
+        try:
+            return self._train(config, resume)
+        except CheckpointError as error:
+            logger.warning("trial %d begins anew: %s", self.number, error)
+        return self._train(config, None)
+
+    def _train(self, config: TrainConfig, resume: bytes | None) -> Outcome:
         history = read_history(resume) if resume else []
         for past in history:
             self._report(past)  # one of them may be missing: checkpoints are written first
@@ -234,18 +243,13 @@ class TrialRun:
             self._do_without_checkpoints(error)
 
     def _take_over(self) -> bytes | None:
-        """The newest checkpoint that can be read, None to begin anew."""
+        """The newest checkpoint that was written whole, None to begin anew."""
         if self._checkpoints is None:
             return None
         try:
-            found = self._checkpoints.take_over()
-            if found is not None:
-                read_history(found)
-            return found
+            return self._checkpoints.take_over()
         except OSError as error:
             self._do_without_checkpoints(error)
-        except CheckpointError as error:
-            logger.warning("trial %d begins anew: %s", self.number, error)
         return None
 
     def _save(self, report: ProgressReport) -> None:
@@ -258,11 +262,16 @@ class TrialRun:
 
     def _do_without_checkpoints(self, error: OSError) -> None:
         self._checkpoints = None
-        logger.warning(
-            "trial %d goes on without checkpoints (%s): if its worker dies, it begins anew",
-            self.number,
-            error.strerror or error,
-        )
+        _say_without_checkpoints(error.strerror or str(error))
+
+
+@functools.cache
+def _say_without_checkpoints(reason: str) -> None:
+    """Once in a worker's life: a full disk concerns all of its trials."""
+    logger.warning(
+        "training goes on without checkpoints (%s): if this worker dies, its trial begins anew",
+        reason,
+    )
 
 
 def trial_seed(study_seed: int, number: int) -> int:

@@ -44,6 +44,8 @@ _OUTAGES = (
 def normalise_url(url: str) -> sqlalchemy.URL:
     """The URL with our driver. Raises StorageError, without the password, if it isn't Postgres."""
     try:
+        if "%00" in url or "\0" in url:
+            raise ValueError("NUL, which no part of a URL may hold")
         parsed = sqlalchemy.make_url(url)
         name = parsed.drivername.split("+")[0]
     except (sqlalchemy.exc.ArgumentError, ValueError) as error:

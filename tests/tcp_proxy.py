@@ -96,13 +96,11 @@ class TcpProxy:
             time.sleep(self.delay_seconds)
         self._flowing.wait()
 
-    def fault_of(self, message: bytes) -> Fault | None:
-        """What is to happen to this message of a client."""
-        if message[:1] != b"Q":
-            return None
+    def fault_of(self, statement: bytes, transaction: bytes) -> Fault | None:
+        """What is to happen to this statement of a client, and what was said before it."""
         with self._lock:
             self.num_statements += 1
-            if self._strike is None or not self._strike.hits(message[5:]):
+            if self._strike is None or not self._strike.hits(statement, transaction):
                 return None
             strike, self._strike = self._strike, None
         strike.happened.set()
@@ -110,11 +108,17 @@ class TcpProxy:
 
 
 class Strike:
-    """A fault that happens once, in its `with`: at the nth statement, from 0, that begins so."""
+    """A fault that happens once, in its `with`: at the nth statement, from 0, that begins so.
 
-    def __init__(self, proxy: TcpProxy, fault: Fault, *, statement: str = "", nth: int = 0) -> None:
+    within: what the transaction up to there must hold.
+    """
+
+    def __init__(
+        self, proxy: TcpProxy, fault: Fault, *, statement: str = "", nth: int = 0, within: str = ""
+    ) -> None:
         self._proxy, self.fault = proxy, fault
         self._statement, self._left = statement.encode(), nth
+        self._within = within.encode()
         self.happened = threading.Event()
 
     def __enter__(self) -> None:
@@ -123,9 +127,9 @@ class Strike:
     def __exit__(self, *_: object) -> None:
         self._proxy.arm(None)
 
-    def hits(self, statement: bytes) -> bool:
+    def hits(self, statement: bytes, transaction: bytes) -> bool:
         """Whether this is the one."""
-        if not statement.lstrip().startswith(self._statement):
+        if not statement.lstrip().startswith(self._statement) or self._within not in transaction:
             return False
         self._left -= 1
         return self._left < 0
@@ -170,8 +174,12 @@ class _Link:
         self._ended.wait()
 
     def _to_server(self) -> None:
+        transaction = b""
         for message in _messages(self._client):
-            fault = self._proxy.fault_of(message)
+            fault = None
+            if message[:1] == b"Q":
+                transaction = b"" if message[5:10] == b"BEGIN" else transaction + message[5:]
+                fault = self._proxy.fault_of(message[5:], transaction)
             if fault is Fault.CUT_BEFORE:
                 return
             if fault is Fault.HOLD:

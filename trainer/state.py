@@ -19,6 +19,10 @@ from trainer.optim import make_optimizer
 
 FORMAT = 2
 STEPS_AN_EPOCH = 4
+_KEYS = {
+    "config", "plan", "data_identity", "model", "optimizer", "averages", "step", "images_seen",
+    "seconds", "history",
+}  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -147,7 +151,7 @@ def _open(content: bytes) -> dict[str, Any]:
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a broken file leads to
         raise CheckpointError("the checkpoint can't be read: it is broken") from error
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT or not _KEYS <= set(saved):
         raise CheckpointError("the checkpoint can't be read: it has another format")
     return saved
 

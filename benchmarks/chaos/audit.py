@@ -248,7 +248,10 @@ def _check_best(
     counted = tuple(tables.count(state) for state in states)
     finding.check(shown == counted, f"status says {shown}, the tables {counted} ({states})")
     final = {
-        number: max((step, values[0]) for (owner, step), values in legs.items() if owner == trial)
+        number: max(
+            ((step, values[0]) for (owner, step), values in legs.items() if owner == trial),
+            default=(0, 0.0),
+        )
         for trial, number, state, _, _ in tables.trials
         if state == "COMPLETE" and number not in edited
     }

@@ -80,6 +80,7 @@ class Here:
     telling: bool = False
     saving: bool = False
     taking_over: bool = False
+    exporting: bool = False
     passes: Counter[str] = field(default_factory=Counter)
 
     def forget_trial(self) -> None:

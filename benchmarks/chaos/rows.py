@@ -4,7 +4,17 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
-from benchmarks.chaos import rows_database, rows_kills, rows_signals, rows_steering, rows_trials
+from benchmarks.chaos import (
+    rows_database,
+    rows_disk,
+    rows_export,
+    rows_hostile,
+    rows_kills,
+    rows_network,
+    rows_signals,
+    rows_steering,
+    rows_trials,
+)
 from benchmarks.chaos.audit import Finding
 from benchmarks.chaos.stage import Arena, Overdue
 
@@ -20,15 +30,22 @@ ROWS: dict[str, Row] = {
     "7": rows_signals.hanging,
     "8": rows_database.postgres_restarted,
     "9": rows_database.postgres_down,
+    "10": rows_network.cut_in_a_commit,
+    "11": rows_network.black_hole,
+    "12": rows_network.slow_network,
+    "13": rows_network.crowded,
     "14": rows_database.empty_database,
     "15": rows_database.coming_and_going,
     "16": rows_trials.sick_trainings,
     "17": rows_trials.only_sick_trainings,
     "18": rows_kills.killed_while_saving,
+    "19": rows_disk.full_disk,
     "20": rows_trials.other_clocks,
     "21": rows_trials.other_versions,
     "22": rows_steering.steered,
     "24": rows_steering.launch_interrupted,
+    "25": rows_export.export_killed,
+    "26": rows_hostile.hostile,
 }
 SHORT = ["1", "2", "5", "8", "14", "15", "18"]
 

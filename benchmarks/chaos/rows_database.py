@@ -10,19 +10,20 @@ from benchmarks.chaos.audit import Finding, audit
 from benchmarks.chaos.faults import FaultPlan
 from benchmarks.chaos.stage import STUDY, Arena, Command, Stage, repeat, wait_for
 from benchmarks.chaos.zygote import Forked, Zygote
+from storage.leases import MOST_BARREN_ATTEMPTS
 
 BUDGET = 50
 
 
 def postgres_restarted(arena: Arena, long: bool) -> Iterator[Finding]:
     """Row 8."""
-    budget, workers = (200, 4) if long else (24, 4)
+    budget, workers = (200, 4) if long else (20, 4)
     with arena.stage(FaultPlan(folder="", leg_seconds=0.8)) as stage:
         launcher = stage.launch(trials=budget, workers=workers, epochs=5)
         modes = iter(("fast", "immediate") * 1000)
         repeat(
             lambda: stage.restart_postgres(next(modes)),
-            every=7, until=launcher, seconds=900 if long else 150,
+            every=7, until=launcher, seconds=900 if long else 300,
         )  # fmt: skip
         done = f"Postgres restarted every 7 s, fast and immediate; {workers} workers, simulated"
         finding = audit(stage, "8", done=done, budget=budget, epochs=5)
@@ -38,7 +39,7 @@ def postgres_down(arena: Arena, long: bool) -> Iterator[Finding]:
         stage_variables = {"HPO_STALL_SECONDS": "4"}
         with arena.stage(FaultPlan(folder="", leg_seconds=0.3), **stage_variables) as stage:
             launcher = stage.launch(trials=16, workers=2, epochs=5)
-            wait_for("a trial has ended", lambda: stage.witness("ended"), seconds=60)
+            wait_for("a trial has ended", lambda: stage.witness("ended"), seconds=240)
             stage.restart_postgres("immediate", down_seconds=seconds)
             launcher.wait(180)
             done = f"Postgres down for {seconds:.0f} s, longer than a lease and than a stall (4 s)"
@@ -60,14 +61,14 @@ def empty_database(arena: Arena, long: bool) -> Iterator[Finding]:
         zygote = Zygote(stage)
         try:
             early = [zygote.start("worker", "--study", STUDY) for _ in range(16)]
-            codes = [worker.wait(60) for worker in early]
+            codes = [worker.wait(240) for worker in early]
             wrong = _refusals(early, codes, code=2)
-            num_launchers = 16 if long else 4
+            num_launchers = 16 if long else 2
             launchers = [
                 stage.launch(trials=BUDGET, workers=16 // num_launchers)
                 for _ in range(num_launchers)
             ]
-            codes = [launcher.wait(240) for launcher in launchers]
+            codes = [launcher.wait(300) for launcher in launchers]
         finally:
             zygote.close()
         done = (
@@ -99,7 +100,7 @@ def coming_and_going(arena: Arena, long: bool) -> Iterator[Finding]:
             zygote = Zygote(stage)
             try:
                 launcher = stage.launch(trials=BUDGET, workers=2)
-                wait_for("a worker trains", lambda: stage.witness("begin"), seconds=60)
+                wait_for("a worker trains", lambda: stage.witness("begin"), seconds=240)
                 _come_and_go(stage, zygote, launcher, random.Random(round_))
             finally:
                 zygote.close()
@@ -123,6 +124,8 @@ def _come_and_go(stage: Stage, zygote: Zygote, launcher: Command, chance: random
                 running[worker] = now + chance.uniform(0, 3)
             elif now > until:
                 number = chance.choice((signal.SIGTERM, signal.SIGINT, signal.SIGKILL))
+                if worker.pid not in stage.workers(most_barren=MOST_BARREN_ATTEMPTS - 1):
+                    number = signal.SIGTERM  # see Stage.kill_a_worker
                 stage.num_kills += number == signal.SIGKILL
                 stage.num_signals += number != signal.SIGKILL
                 worker.send(number)
@@ -130,6 +133,6 @@ def _come_and_go(stage: Stage, zygote: Zygote, launcher: Command, chance: random
         if len(running) < 14:
             running[zygote.start("worker", "--study", STUDY)] = math.inf
 
-    repeat(turn, every=0.1, until=launcher, seconds=240)
+    repeat(turn, every=0.1, until=launcher, seconds=300)
     for worker in running:
-        worker.wait(30)
+        worker.wait(120)

@@ -22,13 +22,14 @@ def told_to_leave(arena: Arena, long: bool) -> Iterator[Finding]:
     """Row 5."""
     with arena.stage(FaultPlan(folder="", leg_seconds=0.3)) as stage:
         stage.make_study(trials=8, epochs=5)
-        workers = [stage.start("worker", "--study", STUDY) for _ in LEAVE]
         done = "SIGTERM, SIGINT, SIGHUP to a worker, then to a launcher; simulated training"
-        wrong = [_leaves(stage, worker, each) for worker, each in zip(workers, LEAVE, strict=True)]
+        wrong = []
+        for number in LEAVE:
+            wrong.append(_leaves(stage, stage.start("worker", "--study", STUDY), number))
         for number in LEAVE if long else LEAVE[1:2]:
             launcher = stage.launch(trials=8, workers=2, epochs=5)
             wrong.append(_leaves(stage, launcher, number))
-        code = stage.launch(trials=8, workers=2, epochs=5).wait(120)
+        code = stage.launch(trials=8, workers=2, epochs=5).wait(240)
         finding = audit(stage, "5", done=done, budget=8, epochs=5)
         finding.violations += filter(None, wrong)
         finding.check(code == 0, f"launch ended with {code}")
@@ -47,11 +48,11 @@ def _leaves(stage: Stage, command: Command, number: signal.Signals) -> str | Non
             is_launch and len(legs) > before + 1
         )
 
-    wait_for(f"{command.name} trains", trains, seconds=60)
+    wait_for(f"{command.name} trains", trains, seconds=240)
     started = time.monotonic()
     command.send(number)
     stage.num_signals += 2 if is_launch else 1  # its workers are told, too
-    code = command.wait(30)
+    code = command.wait(120)
     seconds = time.monotonic() - started
     if seconds > 10:
         return f"{command.name} leaves {seconds:.1f} s after {number.name}"
@@ -75,7 +76,7 @@ def _told_twice(arena: Arena) -> Finding:
         stage.make_study(trials=4)
         commands = [stage.start("worker", "--study", STUDY),
                     stage.launch(trials=4, workers=1)]  # fmt: skip
-        wait_for("both train", lambda: len(stage.witness("begin")) > 1, seconds=60)
+        wait_for("both train", lambda: len(stage.witness("begin")) > 1, seconds=240)
         time.sleep(1)
         wrong = []
         for command in commands:
@@ -86,7 +87,7 @@ def _told_twice(arena: Arena) -> Finding:
             started = time.monotonic()
             command.send(signal.SIGTERM)
             stage.num_signals += 1
-            code = command.wait(30)
+            code = command.wait(120)
             seconds = time.monotonic() - started
             if seconds > 1 or code != 130:
                 wrong.append(f"{command.name} left with {code} {seconds:.1f} s after the second")
@@ -94,7 +95,7 @@ def _told_twice(arena: Arena) -> Finding:
         if left:
             wrong.append(f"workers {left} live on after the second signal")
         plan = FaultPlan(**{**vars(well), "folder": str(stage.folder)})
-        code = stage.start("launch", **{VARIABLE: plan.to_json()}).wait(60)
+        code = stage.start("launch", **{VARIABLE: plan.to_json()}).wait(240)
         finding = audit(stage, "5", done="SIGTERM twice to a worker and a launcher that hang",
                         budget=4)  # fmt: skip
         finding.violations += wrong
@@ -117,7 +118,7 @@ def stopped_past_the_lease(arena: Arena, _long: bool) -> Iterator[Finding]:
 
 def _stopped(stage: Stage, zygote: Zygote, name: str) -> Finding:
     workers = [zygote.start("worker", "--study", STUDY)]
-    stop = wait_for("the worker stops", lambda: _stops(stage), seconds=60)[0]
+    stop = wait_for("the worker stops", lambda: _stops(stage), seconds=240)[0]
     bound = stop["trial_id"] is not None
     workers.append(zygote.start("worker", "--study", STUDY))
     time.sleep(LEASE_SECONDS + 1.5)
@@ -131,7 +132,7 @@ def _stopped(stage: Stage, zygote: Zygote, name: str) -> Finding:
     woken = time.time()
     with contextlib.suppress(ProcessLookupError):
         os.kill(workers[0].pid, signal.SIGCONT)
-    codes = [worker.wait(60) for worker in workers]
+    codes = [worker.wait(240) for worker in workers]
     finding = audit(stage, "6", done=f"stopped {name} past the lease, then woken", budget=3)
     finding.check(codes == [0, 0], f"workers ended with {codes}")
     late = [line for line in stage.witness() if line["at"] > woken]
@@ -159,7 +160,7 @@ def hanging(arena: Arena, _long: bool) -> Iterator[Finding]:
         plan = FaultPlan(folder="", leg_seconds=0.1, sick={"1": kind, "3": kind})
         with arena.stage(plan, HPO_STALL_SECONDS=f"{STALL_SECONDS:g}") as stage:
             launcher = stage.launch(trials=8, workers=3)
-            launcher.wait(90)
+            launcher.wait(240)
             stage.num_kills += 2  # two hung: each may cost a part of an epoch
             done = f"the training of two trials {how} for ever"
             finding = audit(stage, "7", done=done, budget=8)

@@ -20,18 +20,18 @@ def steered(arena: Arena, _long: bool) -> Iterator[Finding]:
     for steer in (_stopped, _deleted, _edited):
         with arena.stage(TRAINING) as stage:
             launcher = stage.launch(trials=10, workers=2, epochs=5)
-            wait_for("both workers train", lambda: len(stage.witness("leg")) > 3, seconds=60)
+            wait_for("both workers train", lambda: len(stage.witness("leg")) > 3, seconds=240)
             yield steer(stage, launcher)
 
 
 def _stopped(stage: Stage, launcher: Command) -> Finding:
-    told = stage.start("stop").wait(30)
+    told = stage.start("stop").wait(120)
     started = time.monotonic()
-    code = launcher.wait(30)
+    code = launcher.wait(120)
     seconds = time.monotonic() - started
     status = stage.json("status")
     stage.num_signals += 2  # each worker may cut a part of an epoch
-    again = stage.launch(trials=10, workers=2, epochs=5).wait(90)
+    again = stage.launch(trials=10, workers=2, epochs=5).wait(240)
     finding = audit(stage, "22", done="the study is stopped, then launched again", budget=10,
                     epochs=5)  # fmt: skip
     finding.check((told, code, again) == (0, 0, 0), f"commands ended with {told, code, again}")
@@ -50,7 +50,7 @@ def _deleted(stage: Stage, launcher: Command) -> Finding:
     storage.engine.dispose()
     wait_for("its workers leave", lambda: not _training(stage), seconds=30)
     finding.seconds = time.monotonic() - started
-    code = launcher.wait(30)
+    code = launcher.wait(120)
     finding.notes.append(f"launch ends with {code}: {launcher.stderr.strip().splitlines()[-1:]}")
     finding.check(finding.seconds < LEASE_SECONDS + 2, f"they left after {finding.seconds:.1f} s")
     finding.check(code in (0, 2), f"launch ended with {code}")
@@ -74,7 +74,7 @@ def _edited(stage: Stage, launcher: Command) -> Finding:
     study.tell(running[1], state=optuna.trial.TrialState.FAIL)
     storage.remove_session()
     storage.engine.dispose()
-    code = launcher.wait(90)
+    code = launcher.wait(240)
     stage.num_signals += 2
     done = "two running trials are ended by Optuna's own API, one as COMPLETE, one as FAIL"
     finding = audit(stage, "22", done=done, budget=10, epochs=5, failed=1, edited=running[:2])
@@ -99,7 +99,7 @@ def launch_interrupted(arena: Arena, _long: bool) -> Iterator[Finding]:
                 if code != (-signal.SIGKILL if number == "SIGKILL" else 130):
                     wrong.append(f"launch ended with {code} after {number} {name}")
         launcher = stage.launch(trials=10, workers=2, epochs=5)
-        code = launcher.wait(120)
+        code = launcher.wait(240)
         # a killed launcher's workers leave after their trial, an interrupted one's at once
         stage.num_signals += 2
         done = f"launch killed and interrupted at {len(LAUNCH_POINTS)} of its steps, and repeated"
@@ -119,4 +119,4 @@ def _interrupted_at(stage: Stage, name: str, number: str) -> int:
     (folder / "witness.jsonl").symlink_to(stage.folder / "witness.jsonl")
     plan = FaultPlan(**{**vars(TRAINING), "faults": (fault,), "folder": str(folder)})
     launcher = stage.launch(trials=10, workers=2, epochs=5, **{VARIABLE: plan.to_json()})
-    return launcher.wait(60)
+    return launcher.wait(240)

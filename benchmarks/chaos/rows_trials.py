@@ -14,7 +14,7 @@ def sick_trainings(arena: Arena, _long: bool) -> Iterator[Finding]:
     sick = {"2": "raise", "4": "oom", "6": "nan", "8": "inf"}
     with arena.stage(FaultPlan(folder="", leg_seconds=0.1, sick=sick)) as stage:
         launcher = stage.launch(trials=12, workers=2)
-        launcher.wait(90)
+        launcher.wait(240)
         # a training that raises cuts its part of an epoch
         stage.num_signals += len(sick)
         done = "one training raises, one has no memory, one comes to NaN, one to infinity"
@@ -39,7 +39,7 @@ def only_sick_trainings(arena: Arena, _long: bool) -> Iterator[Finding]:
     """Row 17."""
     with arena.stage(FaultPlan(folder="", leg_seconds=0.1, sick={"*": "raise"})) as stage:
         launcher = stage.launch(trials=50, workers=2)
-        code = launcher.wait(60)
+        code = launcher.wait(240)
         states = [state for (state,) in stage.query("SELECT state::text FROM trials")]
         finding = Finding(row="17", done="every training raises")
         finding.check(code == 6, f"launch ended with {code}")
@@ -58,7 +58,7 @@ def other_clocks(arena: Arena, _long: bool) -> Iterator[Finding]:
     west = {"TZ": "Pacific/Pago_Pago", "PGTZ": "Asia/Tokyo"}
     with arena.stage(FaultPlan(folder="", leg_seconds=0.3)) as stage:
         launcher = stage.launch(trials=14, workers=2, epochs=5, **east)
-        wait_for("a worker trains", lambda: stage.witness("begin"), seconds=60)
+        wait_for("a worker trains", lambda: stage.witness("begin"), seconds=240)
         other = stage.start("worker", "--study", STUDY, **west)
         wait_for(
             "the other worker trains",
@@ -67,7 +67,7 @@ def other_clocks(arena: Arena, _long: bool) -> Iterator[Finding]:
         )
         other.send(signal.SIGKILL)
         stage.num_kills += 1
-        launcher.wait(90)
+        launcher.wait(240)
         done = "workers whose TZ is 25 hours apart, PGTZ otherwise; one is killed"
         finding = audit(stage, "20", done=done, budget=14, epochs=5)
         finding.check(launcher.code == 0, f"launch ended with {launcher.code}")
@@ -86,7 +86,7 @@ def other_clocks(arena: Arena, _long: bool) -> Iterator[Finding]:
 def other_versions(arena: Arena, _long: bool) -> Iterator[Finding]:
     """Row 21."""
     with arena.stage(FaultPlan(folder="", leg_seconds=0.1)) as stage:
-        stage.launch(trials=2, workers=1).wait(60)
+        stage.launch(trials=2, workers=1).wait(240)
         finding = Finding(row="21", done="workers and launchers of another code, space or Optuna")
         plans = {
             "Optuna": FaultPlan(folder="", versions={"optuna": "9.9.9"}),
@@ -107,7 +107,7 @@ def other_versions(arena: Arena, _long: bool) -> Iterator[Finding]:
 
 def _refused(finding: Finding, stage: Stage, name: str, *command: str, **variables: str) -> None:
     refused = stage.start(*command, **variables)
-    code, said = refused.wait(60), refused.stderr.strip().splitlines()
+    code, said = refused.wait(240), refused.stderr.strip().splitlines()
     what = f"hpo {command[0]} with another {name}"
     finding.check(code in (2, 3), f"{what} ended with {code}")
     finding.check(len(said) == 1, f"{what} said {len(said)} lines: {said[-1:]}")

@@ -17,6 +17,7 @@ import psycopg2
 import sqlalchemy
 
 from benchmarks.chaos.faults import VARIABLE, Fault, FaultPlan
+from storage.leases import MOST_BARREN_ATTEMPTS
 from tests.parts import PASSWORD, TcpPostgres
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +83,7 @@ class Stage:
     num_restarts: int = 0
     started: float = field(default_factory=time.monotonic)
     _num_commands: int = 0
+    _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
     def home(self) -> Path:
@@ -120,6 +122,7 @@ class Stage:
                 cwd=self.home,
                 start_new_session=True,
             )
+        self._processes.append(process)
         return Command(f"hpo {args[0]}", process, out, err)
 
     def output_files(self) -> tuple[Path, Path]:
@@ -143,13 +146,13 @@ class Stage:
         launcher = self.launch(
             trials=trials, workers=1, epochs=epochs, **{VARIABLE: plan.to_json()}
         )
-        if launcher.wait(60) != -signal.SIGKILL:
+        if launcher.wait(240) != -signal.SIGKILL:
             raise Overdue(f"hpo launch says: {launcher.stderr[-300:]}")
 
     def json(self, command: str) -> Any:
         """What `hpo COMMAND --json` prints."""
         shown = self.start(command, "--json", **{VARIABLE: FaultPlan(folder=".").to_json()})
-        if shown.wait(60) != 0:
+        if shown.wait(240) != 0:
             raise Overdue(f"hpo {command} says: {shown.stderr[-300:]}")
         return json.loads(shown.stdout)
 
@@ -164,17 +167,27 @@ class Stage:
         found = map(json.loads, lines)
         return [line for line in found if not kinds or line["kind"] in kinds]
 
-    def workers(self) -> list[int]:
-        """The pids of workers that the database knows and that live in this stage."""
+    def workers(self, *, most_barren: int = 1_000) -> list[int]:
+        """The pids of workers that the database knows and that live in this stage.
+
+        most_barren: attempts in a row without a report that their trial may have had.
+        """
         no_answer = psycopg2.OperationalError, psycopg2.errors.UndefinedTable
         with contextlib.suppress(*no_answer):
-            rows = self.query("SELECT pid FROM hpo_workers ORDER BY worker_id")
+            rows = self.query(
+                "SELECT pid FROM hpo_workers LEFT JOIN hpo_leases USING (worker_id)"
+                f" WHERE coalesce(barren_attempts, 0) <= {most_barren} ORDER BY worker_id"
+            )
             return [pid for (pid,) in rows if self.is_ours(pid)]
         return []
 
     def kill_a_worker(self) -> None:
-        """With SIGKILL, if there is one."""
-        found = self.workers()
+        """With SIGKILL, if there is one.
+
+        One in the third attempt in a row without a report is spared: its death ends the trial, as
+        it is to (row 3), and on a slow machine a kill a second comes to that.
+        """
+        found = self.workers(most_barren=MOST_BARREN_ATTEMPTS - 1)
         if found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.chance.choice(found), signal.SIGKILL)
@@ -209,6 +222,8 @@ class Stage:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
+        for process in self._processes:
+            process.wait(10)
 
 
 def wait_for(what: str, holds: Callable[[], Any], *, seconds: float) -> Any:

@@ -9,7 +9,7 @@ from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
 from typing import Any
 
-from benchmarks.chaos import wraps_storage, wraps_training
+from benchmarks.chaos import wraps_export, wraps_storage, wraps_training
 from benchmarks.chaos.around import around, passes, replace
 from benchmarks.chaos.faults import here, plan, start_anew
 
@@ -89,5 +89,6 @@ _WRAPS: dict[str, Callable[[ModuleType], None]] = {
     "storage.schema": wraps_storage.wrap_schema,
     "storage.studies": wraps_storage.wrap_studies,
     "trainer.device": wraps_training.wrap_device,
+    "trainer.export.folder": wraps_export.wrap_export,
     "trainer.loop": wraps_training.wrap_loop,
 }

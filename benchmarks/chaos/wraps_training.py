@@ -49,7 +49,7 @@ def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
         with contextlib.closing(original(config, data, *args, **kwargs)) as reports:
             while True:
                 witness("begin")
-                _wait(pause or 0.0, kwargs["pulse"])
+                _wait(pause or 0.0, kwargs.get("pulse", _no_pulse))
                 try:
                     report = next(reports)
                 except StopIteration:
@@ -59,6 +59,10 @@ def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
                 yield report
 
     return train
+
+
+def _no_pulse() -> None:
+    """Of a retraining, which nobody interrupts."""
 
 
 def _wait(seconds: float, pulse: Callable[[], None]) -> None:

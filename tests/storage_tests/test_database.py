@@ -18,7 +18,8 @@ def test_any_postgres_url_gets_our_driver(scheme: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["mysql://root@localhost/x", "sqlite:///x.db", "nonsense", "", "://"]
+    "url",
+    ["mysql://root@localhost/x", "sqlite:///x.db", "nonsense", "", "://", "postgresql://h/a%00b"],
 )
 def test_any_other_database_is_refused_in_one_line(url: str) -> None:
     with pytest.raises(StorageError) as refused:

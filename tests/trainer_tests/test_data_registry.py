@@ -71,6 +71,14 @@ def test_a_settled_source_holds_in_any_working_folder(
         settled_source("")
 
 
+@pytest.mark.parametrize("name", ["n" * 600, "two\0parts"])
+def test_names_that_no_file_can_have_are_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="unknown data set"):
+        settled_source(name)
+    with pytest.raises(DataError, match="no such folder"):
+        load(str(tmp_path / ("n" * 600)), seed=0)
+
+
 def test_digits_are_scikit_learns_images_spread_over_0_to_255(digits: ImageDataset) -> None:
     splits = [digits.train, digits.val, digits.open_test()]
     assert [len(split) for split in splits] == [1150, 288, 359]

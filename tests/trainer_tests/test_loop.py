@@ -25,7 +25,7 @@ from trainer.loop import (
     train,
 )
 from trainer.optim import lr_at, make_optimizer
-from trainer.state import CheckpointError, TrainState
+from trainer.state import FORMAT, CheckpointError, TrainState
 
 CPU = DevicePlan(device="cpu", channels_last=True)
 CONFIG = TrainConfig(backbone="smallcnn", epochs=3, batch_size=32, lr=3e-3)
@@ -292,19 +292,23 @@ def test_a_checkpoint_holds_tensors_and_plain_values_only(first_report: Progress
     assert content["history"] == [first_report.to_dict()]
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "text", "another format"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "truncated", "flipped", "text", "another format", "hollow"]
+)
 def test_bytes_that_are_no_checkpoint_are_refused(
     digits: ImageDataset, first_report: ProgressReport, damage: str
 ) -> None:
     whole = first_report.state.to_bytes()
-    another = io.BytesIO()
+    another, hollow = io.BytesIO(), io.BytesIO()
     torch.save({"weights": torch.zeros(1)}, another)
+    torch.save({"format": FORMAT}, hollow)
     broken = {
         "empty": b"",
         "truncated": whole[: len(whole) // 2],
         "flipped": bytes(255 - byte for byte in whole[:1000]) + whole[1000:],
         "text": b"no checkpoint",
         "another format": another.getvalue(),
+        "hollow": hollow.getvalue(),
     }[damage]
     with pytest.raises(CheckpointError, match="the checkpoint can't be read"):
         next(train(CONFIG, digits, CPU, resume=broken))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ def load(folder: Path, *, name: str, seed: int) -> ImageDataset:
     Of a test folder only the headers are read before open_test is called.
     Raises DataError if there are no pictures, no two classes, or a picture that can't be read.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path's, it is calm about names that can't be
         raise DataError(f"{folder}: no such folder")
     parts = _find_parts(folder)
     class_names = _class_names(parts["train"])

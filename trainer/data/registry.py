@@ -53,7 +53,7 @@ def settled_source(source: str) -> str:
 
 def _is_path(source: str) -> bool:
     separators = [separator for separator in (os.sep, os.altsep) if separator]
-    return any(s in source for s in separators) or (source != "" and Path(source).is_dir())
+    return any(s in source for s in separators) or os.path.isdir(source)
 
 
 def _load_folder(folder: Path, name: str, seed: int) -> "ImageDataset":

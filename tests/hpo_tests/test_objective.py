@@ -1,0 +1,112 @@
+"""What a trial does with checkpoints that can't be used, or can't be kept."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from hpo.objective import Outcome, TrialRun, _say_without_checkpoints
+from hpo.space import Range, SearchSpace
+from hpo.spec import StudySpec
+from storage import leases
+from storage.checkpoints import TrialCheckpoints, checkpoint_root
+from storage.database import Database
+from storage.leases import Lease
+from storage.snapshots import snapshot
+from storage.studies import OpenStudy, StudyRecord, create_study
+from trainer.data.dataset import ImageDataset
+from trainer.data.registry import load
+
+SPEC = StudySpec(
+    data="digits",
+    fingerprint="none",
+    space=SearchSpace(
+        fields={"lr": Range(low=1e-4, high=1e-2), "backbone": "smallcnn", "epochs": 2}
+    ),
+    seed=0,
+    first_rung=4,
+)
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageDataset:
+    whole = load("digits", seed=0)
+    return ImageDataset(
+        **{**vars(whole), "train": whole.train.take(range(64)), "val": whole.val.take(range(64))}
+    )
+
+
+@pytest.fixture
+def study(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OpenStudy:
+    monkeypatch.setenv("HPO_CHECKPOINTS", str(tmp_path / "checkpoints"))
+    record = create_study(database, "study", spec=SPEC.to_json(), budget=3)
+    return OpenStudy(database, record)
+
+
+def claim(database: Database, record: StudyRecord) -> Lease:
+    claimed = leases.claim(database, record.study_id, "w", lease_seconds=30)
+    assert isinstance(claimed, Lease)
+    return claimed
+
+
+def run(database: Database, study: OpenStudy, data: ImageDataset) -> Outcome:
+    lease = claim(database, study.record)
+    return TrialRun(study, SPEC, lease, data, device="cpu", pulse=lambda: None).run()
+
+
+def hollow(_valid: bytes) -> bytes:
+    file = io.BytesIO()
+    torch.save({"format": 1}, file)
+    return file.getvalue()
+
+
+def of_other_weights(valid: bytes) -> bytes:
+    content = torch.load(io.BytesIO(valid), weights_only=True)
+    content["model"] = {name: torch.zeros(3) for name in content["model"]}
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("forge", [hollow, of_other_weights, lambda _: b"no checkpoint"])
+def test_a_trial_whose_checkpoint_is_another_s_begins_anew(
+    forge: Callable[[bytes], bytes],
+    database: Database,
+    study: OpenStudy,
+    digits: ImageDataset,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lease = claim(database, study.record)
+    cut = TrialRun(study, SPEC, lease, digits, device="cpu", pulse=lambda: None)
+
+    def save(own: TrialCheckpoints, step: int, payload: bytes) -> None:
+        original(own, step, forge(payload))
+        raise KeyboardInterrupt
+
+    original = TrialCheckpoints.save
+    with monkeypatch.context() as patched:
+        patched.setattr(TrialCheckpoints, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            cut.run()
+    leases.release(database, lease)
+    assert run(database, study, digits).state == TrialState.COMPLETE
+    assert "trial 0 begins anew: the checkpoint" in caplog.text
+    (trial,) = snapshot(database, study.record.study_id).trials
+    assert (trial.number, trial.steps, trial.attempts) == (0, (4, 8), 2)
+
+
+def test_a_worker_says_once_that_there_is_no_room_for_checkpoints(
+    database: Database, study: OpenStudy, digits: ImageDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    _say_without_checkpoints.cache_clear()
+    checkpoint_root().write_text("a file where a folder is to be")
+    for _ in range(3):
+        assert run(database, study, digits).value is not None
+    assert [each for each in caplog.messages if "without checkpoints" in each] == [
+        "training goes on without checkpoints (Not a directory): if this worker dies, "
+        "its trial begins anew"
+    ]
