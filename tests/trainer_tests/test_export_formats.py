@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trainer.backbones import build
 from trainer.config import ConfigError, TrainConfig
 from trainer.data.dataset import Split
+from trainer.export import latency
 from trainer.export import verify as verify_module
 from trainer.export.formats import DEFAULT_FORMATS, FORMATS, Format
 from trainer.export.model import ExportModel, as_classifier
@@ -46,6 +47,12 @@ def a_split(model: ExportModel, num_images: int = RAGGED) -> tuple[Split, Tensor
     images = some_images(num_images)
     logits = model(images)
     return Split(images, logits.argmax(dim=1)), logits
+
+
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured here needn't be exact."""
+    monkeypatch.setattr(latency, "_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +155,9 @@ def test_verification_works_with_few_images(
 def test_exporting_is_silent_and_leaves_random_state_and_path(
     capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    model = a_model()
     before, path_before = torch.get_rng_state(), list(sys.path)
-    source = export_source(a_model(), Split(some_images(9), torch.arange(9) % 4), seed=0)
+    source = export_source(model, Split(some_images(9), torch.arange(9) % 4), seed=0)
     for name, method in WAYS:
         path = tmp_path / FORMATS[name].file
         path.write_bytes(FORMATS[name].methods[method](source))

@@ -1,7 +1,9 @@
 """TFLite by way of litert-torch, for phones and small machines; run here by LiteRT."""
 
+import io
 import tempfile
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ from trainer.export.tflite_session import open_tflite
 
 def to_bytes(source: ExportSource) -> bytes:
     """The file's content. It takes one image: the converter has no dynamic batch for all graphs."""
-    import litert_torch
+    # It prints its progress to stdout, where results go.
+    with (
+        redirect_stdout(io.StringIO()),
+        tempfile.TemporaryDirectory(prefix="hpo-tflite-") as folder,
+    ):
+        import litert_torch
 
-    converted = litert_torch.convert(source.model, (source.example[:1],))
-    with tempfile.TemporaryDirectory(prefix="hpo-tflite-") as folder:
         path = Path(folder, "model.tflite")
-        converted.export(str(path))
+        litert_torch.convert(source.model, (source.example[:1],)).export(str(path))
         return path.read_bytes()
 
 
