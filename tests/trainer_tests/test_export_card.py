@@ -9,7 +9,7 @@ from trainer.config import TrainConfig
 from trainer.export.card import model_card
 from trainer.export.card_text import safe
 from trainer.export.curves import curves_png
-from trainer.export.tested import tested_metrics
+from trainer.export.tested import final_metrics
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -24,7 +24,7 @@ def a_card(class_names: tuple[str, ...] = HOSTILE, **about: Any) -> str:
     num_classes = len(class_names)
     labels = torch.arange(40) % num_classes
     logits = torch.nn.functional.one_hot(labels, num_classes).float()
-    tested = tested_metrics(logits, labels, class_names)
+    tested = final_metrics(logits, labels, class_names)
     counts = [8] * num_classes
     entry = {"file": "model.onnx", "bytes": 1234567, "max_abs_diff": 1e-6, "accuracy": 1.0}
     entry |= {"latency_ms_1": 0.5, "latency_ms_32": 7.25, "num_threads": 3, "method": "made"}
@@ -71,8 +71,12 @@ def test_the_search_and_its_candidates_are_told() -> None:
             {"number": 3, "search_value": 0.97, "mean": 0.965, "std": 0.0, "values": [0.965]},
         ],
         search={
-            **{"num_trials": 50, "complete": 12, "pruned": 37, "failed": 1},
-            **{"num_epochs": 300.25, "seconds": 120.0},
+            "num_trials": 50,
+            "complete": 12,
+            "pruned": 37,
+            "failed": 1,
+            "num_epochs": 300.25,
+            "seconds": 120.0,
             "space": {
                 "lr": {"low": 1e-5, "high": 1e-2, "log": True},
                 "backbone": ["resnet8", "resnet20"],

@@ -17,7 +17,7 @@ _MOST_CLASSES = 200
 def model_card(
     manifest: Mapping[str, Any], tested: Mapping[str, Any], *, pictures: Iterable[str]
 ) -> str:
-    """The card's text. tested: as tested_metrics gives it; pictures: the PNG files there are."""
+    """The card's text. tested: as final_metrics gives it; pictures: the PNG files there are."""
     parts = [
         _summary(manifest, tested),
         _data(manifest),

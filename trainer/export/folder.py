@@ -23,7 +23,7 @@ from trainer.export.formats import DEFAULT_FORMATS, check_formats
 from trainer.export.model import ExportModel, as_classifier
 from trainer.export.publish import MADE_BY, new_folder
 from trainer.export.source import export_source
-from trainer.export.tested import SUMMARY, tested_metrics
+from trainer.export.tested import SUMMARY, final_metrics
 from trainer.export.verify import DEFAULT_TOLERANCE, classify_all
 
 SCHEMA_VERSION = 1
@@ -62,7 +62,7 @@ def export_model(
     reference = classify_all(as_classifier(exported), test.images)
     if not bool(reference.isfinite().all()):
         raise TrainingDiverged("the model's logits aren't finite")
-    tested = tested_metrics(reference, test.labels, data.class_names)
+    tested = final_metrics(reference, test.labels, data.class_names)
     source = export_source(exported, data.train, seed=config.seed)
     manifest = _manifest(config, data, test, about, metrics, tested, tolerance)
     with new_folder(out) as folder:

@@ -24,10 +24,10 @@ SUMMARY = (
     "expected_calibration_error",
     "negative_log_likelihood",
 )
-"""Of tested_metrics, what stands in the manifest."""
+"""Of final_metrics, what stands in the manifest."""
 
 
-def tested_metrics(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
+def final_metrics(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
     """What metrics.json says of the test. logits: (N,classes), N >= 1; labels: int64 (N,)."""
     confusion = confusion_matrix(logits, labels)
     num_images, num_correct = int(confusion.sum()), int(confusion.trace())
