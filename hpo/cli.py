@@ -337,13 +337,21 @@ def replay(
 @app.command()
 def predict(
     export_dir: Annotated[Path, typer.Argument(metavar="EXPORT_DIR")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...")],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, or folders of them.")
+    ],
+    file_format: Annotated[
+        str,
+        typer.Option("--format", help="Which file: onnx, onnx-fp16, onnx-int8 or tflite."),
+    ] = "onnx",
     as_json: AsJson = False,
 ) -> None:
     """Classify pictures with an export alone."""
     from hpo.predict import predict as classify
 
-    found = classify(export_dir, images)
+    found = classify(
+        export_dir, images, file_format=file_format, say=lambda line: typer.echo(line, err=True)
+    )
     if as_json:
         _print_json(
             [{"file": p.file, "class": p.class_, "probability": p.probability} for p in found]

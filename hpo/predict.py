@@ -1,21 +1,33 @@
 """Classify picture files with an export folder alone. Imports without torch."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from trainer.config import ConfigError
+from trainer.config import ConfigError, DataError
 from trainer.data.pictures import read_picture
 from trainer.export.onnx_session import open_session
+from trainer.export.tflite_session import open_tflite
+
+if TYPE_CHECKING:
+    from trainer.export.model import Classifier
 
 _BATCH = 16
 _LONGEST = 4096
 """Side of an image in pixels."""
+_RUNTIMES: "dict[str, Callable[[Path], Classifier]]" = {
+    "onnx": open_session,
+    "onnx-fp16": open_session,
+    "onnx-int8": open_session,
+    "tflite": open_tflite,
+}
+"""What runs a file of each format without torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +48,7 @@ class Prediction:
 class _Manifest:
     """What prediction needs to know of an export. Raises ConfigError if it can't be that."""
 
-    onnx_file: str
+    file: str
     class_names: tuple[str, ...]
     input_size: tuple[int, int, int]
 
@@ -45,51 +57,114 @@ class _Manifest:
         _check(all(type(side) is int and 0 < side <= _LONGEST for side in size), "input_size", size)
         _check(bool(names) and all(type(name) is str for name in names), "class_names", names)
         # Whoever made the folder doesn't choose a file outside it.
-        plain = self.onnx_file not in ("", ".", "..") and Path(self.onnx_file).name
-        _check(plain == self.onnx_file, "onnx file", self.onnx_file)
+        plain = self.file not in ("", ".", "..") and Path(self.file).name
+        _check(plain == self.file, "file", self.file)
 
 
-def predict(export_dir: Path, images: Sequence[Path]) -> list[Prediction]:
+def predict(
+    export_dir: Path,
+    images: Sequence[Path],
+    *,
+    file_format: str = "onnx",
+    say: Callable[[str], None] = lambda _line: None,
+) -> list[Prediction]:
     """The most probable class of each picture, in their order.
 
-    Raises ConfigError if the folder is no export with an ONNX file, DataError if a file is no
-    picture.
+    images: picture files, or folders of them, which are read to the bottom, in the order of names;
+    what is no picture in a folder is passed over, and `say` is told. file_format: of the export's
+    file to run, one of those that need no torch.
+
+    Raises ConfigError if the folder is no export with such a file, DataError if a named file is no
+    picture or a folder has none.
     """
-    manifest = _read_manifest(export_dir)
-    classify = open_session(export_dir / manifest.onnx_file)
-    num_classes = len(manifest.class_names)
+    manifest = _read_manifest(export_dir, file_format)
+    classify = _RUNTIMES[file_format](export_dir / manifest.file)
     predictions: list[Prediction] = []
-    for start in range(0, len(images), _BATCH):
-        files = images[start : start + _BATCH]
-        pictures = [read_picture(file, input_size=manifest.input_size) for file in files]
+    for files, pictures in _batches(_pictures(images, manifest.input_size, say)):
         probabilities = _softmax(classify(np.stack(pictures)))
-        if probabilities.shape[1] != num_classes:
-            known = probabilities.shape[1]
+        if probabilities.shape[1] != len(manifest.class_names):
             raise ConfigError(
-                f"{export_dir}: its manifest names {num_classes} classes, the model knows {known}"
+                f"{export_dir}: its manifest names {len(manifest.class_names)} classes, the model "
+                f"knows {probabilities.shape[1]}"
             )
         for file, row in zip(files, probabilities, strict=True):
             best = int(row.argmax())
-            predictions.append(
-                Prediction(
-                    file=str(file),
-                    class_=manifest.class_names[best],
-                    probability=float(row[best]),
-                )
-            )
+            name, probability = manifest.class_names[best], float(row[best])
+            predictions.append(Prediction(file=str(file), class_=name, probability=probability))
     return predictions
 
 
-def _read_manifest(export_dir: Path) -> _Manifest:
+_Picture = tuple[Path, npt.NDArray[np.uint8]]
+
+
+def _pictures(
+    named: Sequence[Path], input_size: tuple[int, int, int], say: Callable[[str], None]
+) -> Iterator[_Picture]:
+    """Each file and its picture, uint8 (C,H,W)."""
+    for path in named:
+        if path.is_dir():
+            yield from _folder(path, input_size, say)
+        else:
+            yield path, read_picture(path, input_size=input_size)
+
+
+def _folder(
+    folder: Path, input_size: tuple[int, int, int], say: Callable[[str], None]
+) -> Iterator[_Picture]:
+    found = False
+    for path in _files_below(folder):
+        try:
+            picture = read_picture(path, input_size=input_size)
+        except DataError as error:
+            say(f"passed over: {error}")
+            continue
+        found = True
+        yield path, picture
+    if not found:
+        raise DataError(f"{folder}: no pictures in this folder")
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Files in the order of their names, folders among them; links to folders aren't followed."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: can't be read: {error.strerror}") from error
+
+    found = []
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        found += [Path(parent, name) for name in names]
+    yield from sorted(found)
+
+
+def _batches(
+    pictures: Iterator[_Picture],
+) -> Iterator[tuple[list[Path], list[npt.NDArray[np.uint8]]]]:
+    files: list[Path] = []
+    batch: list[npt.NDArray[np.uint8]] = []
+    for file, picture in pictures:
+        files.append(file)
+        batch.append(picture)
+        if len(batch) == _BATCH:
+            yield files, batch
+            files, batch = [], []
+    if batch:
+        yield files, batch
+
+
+def _read_manifest(export_dir: Path, file_format: str) -> _Manifest:
     path = export_dir / "manifest.json"
     try:
         values = json.loads(path.read_bytes())
-        onnx = values["formats"].get("onnx")
-        if onnx is None:
-            raise ConfigError(f"{export_dir} has no ONNX file, which predict runs")
+        formats = values["formats"]
+        there = [name for name in _RUNTIMES if formats.get(name) is not None]
+        if file_format not in there:
+            raise ConfigError(
+                f"{export_dir} has no file of the format {file_format} that predict runs; it has: "
+                f"{', '.join(there) or 'none'}"
+            )
         channels, height, width = values["input_size"]
         return _Manifest(
-            onnx_file=onnx["file"],
+            file=formats[file_format]["file"],
             class_names=tuple(values["class_names"]),
             input_size=(channels, height, width),
         )

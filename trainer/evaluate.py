@@ -188,5 +188,27 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
+def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
+    """Mean of -log of the probability of the true class, in nats.
+
+    logits: (N,classes), N >= 1; labels: int64 (N,).
+    """
+    return float(functional.cross_entropy(logits.double(), labels))
+
+
+def calibration_error(logits: Tensor, labels: Tensor, *, num_bins: int = 15) -> float:
+    """Expected calibration error (Guo et al. 2017, equal-width bins), in [0, 1].
+
+    How far the probability of the predicted class lies from how often it is right, in the mean.
+    logits: (N,classes), N >= 1; labels: int64 (N,).
+    """
+    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
+    # Bins are open to the left, as in the paper: 1.0 is in the last.
+    bins = (confidence * num_bins).ceil().long().clamp(1, num_bins) - 1
+    gaps = (predicted == labels).double() - confidence
+    summed = torch.zeros(num_bins, dtype=torch.float64).index_add_(0, bins, gaps)
+    return float(summed.abs().sum()) / len(labels)
+
+
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan

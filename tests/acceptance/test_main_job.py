@@ -59,7 +59,8 @@ def check_export(folder: Path, printed: Any) -> None:
     for found in (np.asarray(logits), script(test.images).detach().numpy()):
         accuracy = float((found.argmax(1) == labels).mean())
         assert accuracy == pytest.approx(printed["test"]["accuracy"], abs=1e-9)
-    assert set(manifest["formats"]) == {"torchscript", "onnx", "torch-export", "safetensors"}
+    assert {"torchscript", "onnx", "torch-export", "safetensors"} <= set(manifest["formats"])
+    assert {"onnx-fp16", "onnx-int8"} <= {*manifest["formats"], *manifest["refused"]}
     metrics = json.loads((folder / "metrics.json").read_text())
     assert sum(map(sum, metrics["test"]["confusion_matrix"])) == len(test)
     with Image.open(folder / "confusion_matrix.png") as picture:

@@ -24,7 +24,7 @@ _COMMANDS = {
     "stop": {"--study", "--storage"},
     "dashboard": {"--port", "--host", "--token-file", "--storage"},
     "best": {"--study", "--export", "--out", "--storage", "--json"},
-    "predict": {"--json"},
+    "predict": {"--format", "--json"},
 }  # fmt: skip
 
 

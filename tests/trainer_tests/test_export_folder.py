@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,51 +16,53 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
+from sklearn.metrics import (
+    confusion_matrix,
+    f1_score,
+    log_loss,
+    precision_recall_fscore_support,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.backbones import build
 from trainer.config import ConfigError, DataError, TrainConfig, TrainingDiverged
 from trainer.data.dataset import ImageDataset, Split
+from trainer.data.pictures import read_picture
 from trainer.data.registry import load
 from trainer.export.confusion import confusion_png
 from trainer.export.folder import export_model
-from trainer.export.formats import FORMATS
+from trainer.export.formats import DEFAULT_FORMATS, FORMATS
 from trainer.export.safetensors import rebuild
 
 CONFIG = TrainConfig(backbone="smallcnn", dropout=0.1)
 ABOUT = {"study": "digits", "trial": 3, "seeds": [0, 1], "versions": {"hpo": "0.1.0"}}
 
-# How somebody without this project runs each file: its own runtime, raw uint8 images.
-STRANGER = """
+# Follows a program of the model card, in a process that knows nothing of this project.
+CHECK = """
 import sys
 import numpy as np
-kind, model, data = sys.argv[1:]
-images, labels = np.load(data)["images"], np.load(data)["labels"]
-if kind == "onnx":
-    import onnxruntime
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    run = lambda batch: session.run(None, {name: batch})[0]
-else:
-    import torch
-    module = torch.jit.load(model) if kind == "torchscript" else torch.export.load(model).module()
-    run = lambda batch: module(torch.from_numpy(batch)).detach().numpy()
-batches = np.split(images, [1, 2, 9])
-found = np.concatenate([run(batch) for batch in batches])
+data = np.load(sys.argv[1])
+found = np.concatenate([classify(batch) for batch in np.split(data["images"], [1, 2, 9])])
 assert not {"hpo", "trainer", "storage"} & set(sys.modules)
-print(float((found.argmax(axis=1) == labels).mean()))
+print(float((found == data["labels"]).mean()))
 """
+
+
+def programs(card: Path) -> dict[str, str]:
+    """The programs that a model card shows, by the headline they stand under."""
+    text = card.read_text(encoding="utf-8")
+    found = re.findall(r"^### (\S+)$.*?^```python$\n(.*?)^```$", text, flags=re.S | re.M)
+    return dict(found)
 
 
 def trained(data: ImageDataset) -> nn.Module:
     """A smallcnn after some hundred steps: good, but not right about each image."""
     model = build(CONFIG, input_size=data.input_size, num_classes=data.num_classes)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(0)
     mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in (data.mean, data.std))
-    for _ in range(60):
+    for _ in range(150):
         chosen = torch.randint(0, len(data.train), (64,), generator=generator)
         batch = data.train.take(chosen)
         loss = functional.cross_entropy(model((batch.images / 255 - mean) / std), batch.labels)
@@ -93,10 +96,18 @@ def exported(
 ) -> tuple[Path, dict[str, Any]]:
     """The folder and the manifest that was returned."""
     out = tmp_path_factory.mktemp("export") / "digits"
-    about = {**ABOUT, "plan": {"device": "cpu"}}
+    about = {**ABOUT, "plan": {"device": "cpu"}, "test_openings": 1}
     metrics = {"validation": {"accuracy": math.nan, "seconds": (1.0, 2)}}
+    curves = {"trial 3 (validation accuracy)": [(0.25, 0.5), (1, 0.9)]}
     returned = export_model(
-        model, config=CONFIG, data=data, test=test_split, out=out, about=about, metrics=metrics
+        model,
+        config=CONFIG,
+        data=data,
+        test=test_split,
+        out=out,
+        about=about,
+        metrics=metrics,
+        curves=curves,
     )
     return out, returned
 
@@ -111,21 +122,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def test_the_folder_holds_four_formats_manifest_metrics_and_a_picture(
+def test_the_folder_holds_all_formats_manifest_metrics_card_and_pictures(
     exported: tuple[Path, dict[str, Any]],
 ) -> None:
     out, manifest = exported
     assert sorted(path.name for path in out.iterdir()) == [
         "confusion_matrix.png",
+        "curves.png",
         "manifest.json",
         "metrics.json",
+        "model.fp16.onnx",
+        "model.int8.onnx",
         "model.onnx",
         "model.pt2",
         "model.safetensors",
         "model.ts.pt",
+        "model_card.md",
+        "network.py",
     ]
     assert [path.name for path in out.parent.iterdir()] == ["digits"]
-    assert list(manifest["formats"]) == ["torchscript", "onnx", "torch-export", "safetensors"]
+    assert tuple(manifest["formats"]) == DEFAULT_FORMATS
     assert manifest["refused"] == {}
 
 
@@ -142,7 +158,10 @@ def test_the_manifest_says_all_that_is_needed_to_use_and_repeat_the_model(
     assert manifest["trial"] == 3
     assert manifest["seeds"] == [0, 1]
     assert manifest["plan"] == {"device": "cpu"}
-    assert manifest["data"] == {"source": "digits", "fingerprint": data.fingerprint}
+    assert manifest["data"]["source"] == "digits"
+    assert manifest["data"]["fingerprint"] == data.fingerprint
+    assert sum(manifest["data"]["images"]["train"]) == len(data.train)
+    assert manifest["data"]["images"]["test"][0] == 36
     assert manifest["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert {"python", "torchvision", "onnxruntime", "hpo"} <= set(manifest["versions"])
     assert manifest["safe_to_load"]["torch-export"].startswith("from people you trust")
@@ -151,8 +170,18 @@ def test_the_manifest_says_all_that_is_needed_to_use_and_repeat_the_model(
     for name, entry in manifest["formats"].items():
         assert entry["file"] == FORMATS[name].file
         assert entry["bytes"] == (out / entry["file"]).stat().st_size
-        assert entry["max_abs_diff"] < 1e-4
-        assert entry["accuracy"] == manifest["metrics"]["test"]["accuracy"]
+        accuracy = manifest["metrics"]["test"]["accuracy"]
+        if FORMATS[name].exact:
+            assert entry["max_abs_diff"] < 1e-4
+            assert entry["accuracy"] == accuracy
+        else:
+            assert 1e-6 < entry["max_abs_diff"] < 2
+            assert entry["accuracy"] >= accuracy - 0.01 - 1e-9
+        assert 0 < entry["latency_ms_1"] < entry["latency_ms_32"] * 10
+        assert entry["method"] in FORMATS[name].methods
+    assert read_json(out / "metrics.json")["formats"] == manifest["formats"]
+    small = manifest["formats"]["onnx-int8"]["bytes"]
+    assert small < manifest["formats"]["onnx-fp16"]["bytes"] < manifest["formats"]["onnx"]["bytes"]
 
 
 def test_the_metrics_are_those_of_scikit_learn(
@@ -176,20 +205,42 @@ def test_the_metrics_are_those_of_scikit_learn(
     for key, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         assert [entry[key] for entry in tested["per_class"]] == pytest.approx(list(values))
     assert tested["macro_recall"] == pytest.approx(expected[1].mean())
+    with torch.no_grad():
+        probabilities = model((test_split.images / 255 - mean) / std).softmax(dim=1).numpy()
+    loss = log_loss(labels, probabilities)
+    assert tested["negative_log_likelihood"] == pytest.approx(loss, rel=1e-4)
+    assert 0 < tested["expected_calibration_error"] < 0.5
 
 
-@pytest.mark.parametrize("kind", ["torchscript", "onnx", "torch-export"])
-def test_a_process_without_this_project_gets_the_stated_accuracy(
-    exported: tuple[Path, dict[str, Any]], test_split: Split, tmp_path: Path, kind: str
+@pytest.mark.parametrize("name", DEFAULT_FORMATS)
+def test_the_card_s_program_gives_the_stated_accuracy_without_this_project(
+    exported: tuple[Path, dict[str, Any]], test_split: Split, tmp_path: Path, name: str
 ) -> None:
     out, manifest = exported
     arrays = tmp_path / "test.npz"
     np.savez(arrays, images=test_split.images.numpy(), labels=test_split.labels.numpy())
-    entry = manifest["formats"][kind]
-    command = [sys.executable, "-I", "-c", STRANGER, kind, out / entry["file"], arrays]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    program = programs(out / "model_card.md")[name] + CHECK
+    command = [sys.executable, "-I", "-W", "ignore", "-c", program, arrays]
+    done = subprocess.run(command, cwd=out, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(entry["accuracy"])
+    shown, accuracy = done.stdout.splitlines()
+    assert shown.startswith("['")
+    assert float(accuracy) == pytest.approx(manifest["formats"][name]["accuracy"])
+
+
+def test_the_card_s_reading_of_a_picture_is_ours(
+    exported: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, _ = exported
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    card = (out / "model_card.md").read_text(encoding="utf-8")
+    program = card.partition("```python\n")[2].partition("```")[0]
+    program += "import sys; sys.stdout.buffer.write(read(sys.argv[1]).tobytes())"
+    command = [sys.executable, "-I", "-c", program, tmp_path / "photo.png"]
+    done = subprocess.run(command, cwd=out, capture_output=True, check=True)
+    expected = read_picture(tmp_path / "photo.png", input_size=(1, 8, 8))
+    assert np.array_equal(np.frombuffer(done.stdout, np.uint8).reshape(1, 8, 8), expected)
 
 
 def test_the_network_is_rebuilt_from_weights_and_manifest(
@@ -203,12 +254,13 @@ def test_the_network_is_rebuilt_from_weights_and_manifest(
     assert accuracy == pytest.approx(manifest["formats"]["safetensors"]["accuracy"])
 
 
-def test_the_picture_shows_the_confusion_matrix(exported: tuple[Path, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", ["confusion_matrix.png", "curves.png"])
+def test_the_pictures_can_be_shown(exported: tuple[Path, dict[str, Any]], name: str) -> None:
     out, _ = exported
-    with Image.open(out / "confusion_matrix.png") as picture:
+    with Image.open(out / name) as picture:
         picture.load()
         assert picture.format == "PNG"
-        assert min(picture.size) >= 500
+        assert min(picture.size) >= 300
 
 
 @pytest.mark.parametrize(
@@ -320,17 +372,42 @@ def test_exporting_changes_neither_the_model_nor_its_mode(
         assert torch.equal(tensor, before[name])
 
 
-def test_a_full_disk_is_said_in_one_line(
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "network.py", "curves.png", "metrics.json", "model_card.md"]
+)
+def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(
     tmp_path: Path,
     data: ImageDataset,
     some_test: Split,
     model: nn.Module,
     monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
-    full = dataclasses.replace(FORMATS["torchscript"], file="/dev/full")
-    monkeypatch.setitem(FORMATS, "torchscript", full)
+    write_bytes, write_text = Path.write_bytes, Path.write_text
+
+    def on_a_full_disk(path: Path) -> Path:
+        return Path("/dev/full") if path.name == name else path
+
+    monkeypatch.setattr(
+        Path, "write_bytes", lambda path, content: write_bytes(on_a_full_disk(path), content)
+    )
+    monkeypatch.setattr(
+        Path,
+        "write_text",
+        lambda path, text, encoding: write_text(on_a_full_disk(path), text, encoding),
+    )
     with pytest.raises(ConfigError, match="No space left on device"):
-        export_quickly(tmp_path / "out", data, some_test, model)
+        export_model(
+            model,
+            config=CONFIG,
+            data=data,
+            test=some_test,
+            out=tmp_path / "out",
+            about=ABOUT,
+            metrics={},
+            formats=("safetensors",),
+            curves={"retraining (training loss)": [(1, 0.5)]},
+        )
     assert os.listdir(tmp_path) == []
 
 
@@ -342,6 +419,7 @@ def killed_export(tmp_path: Path) -> Path:
 from pathlib import Path
 from trainer.backbones import build
 from trainer.config import TrainConfig
+from trainer.data.pictures import read_picture
 from trainer.data.registry import load
 from trainer.export.folder import export_model
 data = load("digits", seed=0)

@@ -6,27 +6,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
-from trainer.export.model import Classifier, ExportModel
+from trainer.export.model import Classifier
 from trainer.export.onnx_session import open_session
+from trainer.export.source import ExportSource
 
 
-def to_bytes(model: ExportModel, example: Tensor) -> bytes:
-    """The file's content, weights inside. example: uint8 (N,C,H,W), N >= 2."""
-    program = torch.onnx.export(
-        model,
+def to_bytes(source: ExportSource) -> bytes:
+    """The file's content, weights inside."""
+    return source.onnx
+
+
+def convert(program: ExportedProgram, example: Tensor) -> bytes:
+    """The program as an ONNX model. example: uint8 (N,C,H,W), N >= 2."""
+    found = torch.onnx.export(
+        program,
         (example,),
         dynamo=True,
         verbose=False,
         input_names=["images"],
         output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("num_images")},),
     )
-    assert program is not None
-    for node in program.model.graph.all_nodes():
-        # The names of source files on this machine are nobody else's business.
+    assert found is not None
+    graph = found.model.graph
+    # What torch notes of the program is of no use to a runtime.
+    for node in graph.all_nodes():
         node.metadata_props.clear()
-    content: bytes = program.model_proto.SerializeToString()
+    for value in (*graph.inputs, *graph.outputs):
+        value.metadata_props.clear()
+    content: bytes = found.model_proto.SerializeToString()
     return content
 
 

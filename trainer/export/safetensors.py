@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from torch import Tensor
 
 from trainer.backbones import build
 from trainer.config import TrainConfig
 from trainer.export.model import Classifier, ExportModel, as_classifier
+from trainer.export.source import ExportSource
 
 
-def to_bytes(model: ExportModel, _example: Tensor) -> bytes:
-    """The file's content: ExportModel's tensors by name. The example isn't needed."""
+def to_bytes(source: ExportSource) -> bytes:
+    """The file's content: ExportModel's tensors by name."""
     # A tensor that stands in two places is refused by safetensors unless it is copied.
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.clone() for name, tensor in source.model.state_dict().items()}
     return safetensors.torch.save(tensors)
 
 

@@ -6,20 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from trainer.export.model import Classifier, ExportModel, as_classifier
+from trainer.export.model import Classifier, as_classifier
+from trainer.export.source import ExportSource
 
 
-def to_bytes(model: ExportModel, example: Tensor) -> bytes:
-    """The file's content. example: uint8 (N,C,H,W), N >= 2."""
-    shapes = ({0: torch.export.Dim("num_images")},)
-    program = torch.export.export(model, (example,), dynamic_shapes=shapes)
-    for node in program.graph.nodes:
-        # The names of source files on this machine are nobody else's business.
-        node.meta.pop("stack_trace", None)
+def to_bytes(source: ExportSource) -> bytes:
+    """The file's content."""
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    torch.export.save(source.program, buffer)
     return buffer.getvalue()
 
 

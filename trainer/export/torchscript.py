@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from trainer.export.model import Classifier, ExportModel, as_classifier
+from trainer.export.model import Classifier, as_classifier
+from trainer.export.source import ExportSource
 
 
-def to_bytes(model: ExportModel, example: Tensor) -> bytes:
-    """The file's content. example: uint8 (N,C,H,W)."""
+def to_bytes(source: ExportSource) -> bytes:
+    """The file's content."""
     buffer = io.BytesIO()
     with _without_deprecation(), torch.inference_mode():
         # verify compares the file with the model, on real images.
         traced = torch.jit.trace(  # type: ignore[no-untyped-call]
-            model, example, check_trace=False
+            source.model, source.example, check_trace=False
         )
         torch.jit.save(traced, buffer)
     return buffer.getvalue()
