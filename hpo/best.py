@@ -34,6 +34,8 @@ class BestOptions:
     out: Path
     top_k: int = 3
     num_seeds: int = 3
+    formats: tuple[str, ...] | None = None
+    """Of the export; None is all that any machine can write."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +120,10 @@ def export_best(
     """
     from trainer.data.registry import load
     from trainer.export.folder import export_model
+    from trainer.export.formats import DEFAULT_FORMATS, check_formats
     from trainer.export.publish import check_out
 
+    formats = check_formats(DEFAULT_FORMATS if options.formats is None else options.formats)
     check_out(options.out)
     study = _study_to_choose_from(database, record)
     spec = StudySpec.from_json(record.spec)
@@ -165,6 +169,8 @@ def export_best(
             "averaging": {"chosen": average, "tried": _tried(winner)},
             "search": _search(study, spec),
         },
+        formats=formats,
+        curves=_curves(database, record, winner, last),
         metrics={
             "search": {"val_accuracy": winner.search_value},
             "recheck": {"mean": winner.mean, "std": winner.std, "values": list(winner.values)},
@@ -226,20 +232,22 @@ def _tried(winner: Candidate) -> dict[str, Any]:
 
 
 def _curves(
-    database: Database, record: StudyRecord, winner: Candidate
+    database: Database, record: StudyRecord, winner: Candidate, last: "ProgressReport"
 ) -> dict[str, list[tuple[float, float]]]:
-    """Validation accuracy by epoch, of the winner's trial and of its re-checks."""
+    """By epoch: validation accuracy of the winner's runs, and the retraining's loss."""
     number = winner.trial.number
-    runs = runs_of(database, record, winner)
-    named = {f"trial {number} in the search": winner.trial}
-    named |= {f"trial {number}, fresh seed {index + 1}": run for index, run in enumerate(runs)}
-    return {
+    runs = {f"trial {number} in the search (validation accuracy)": winner.trial}
+    for index, run in enumerate(runs_of(database, record, winner)):
+        runs[f"trial {number}, fresh seed {index + 1} (validation accuracy)"] = run
+    curves = {
         name: [
             (step / STEPS_PER_EPOCH, value)
             for step, value in zip(run.steps, run.values, strict=True)
         ]
-        for name, run in named.items()
+        for name, run in runs.items()
     }
+    losses = [(report["epoch"], report["train_loss"]) for report in last.state.history]
+    return {**curves, "retraining (training loss)": losses}
 
 
 def _retrain(

@@ -280,6 +280,10 @@ def best(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="[default: export-STUDY]")] = None,
     top_k: Annotated[int, typer.Option(help="Candidates to train again before one is chosen.")] = 3,
     seeds: Annotated[int, typer.Option(help="Fresh seeds for each; 0: no re-check.")] = 3,
+    formats: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Of the export.  [default: all that need no extra]"),
+    ] = None,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
@@ -293,7 +297,10 @@ def best(
             database,
             record,
             choosing.BestOptions(
-                out=out or Path(f"export-{record.name}"), top_k=top_k, num_seeds=seeds
+                out=out or Path(f"export-{record.name}"),
+                top_k=top_k,
+                num_seeds=seeds,
+                formats=None if formats is None else tuple(formats.split(",")),
             ),
             run_workers=lambda child: _watch(
                 database,
