@@ -1,6 +1,7 @@
-"""python -m benchmarks: all of them, in their short form."""
+"""python -m benchmarks: the quick ones, in a few minutes."""
 
-from benchmarks import worker
+from benchmarks import start, worker
 
 if __name__ == "__main__":
+    start.main()
     worker.main()
