@@ -10,6 +10,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# A file of tests on each core, with one thread: more busy threads than cores are slower.
+PYTEST_OPTIONS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 DEBIAN_PACKAGES := chromium dataset-fashion-mnist
 
 .DELETE_ON_ERROR:
@@ -19,7 +21,7 @@ demo: $(VENV)/installed
 	$(BIN)/hpo launch --trials 50
 
 test: $(VENV)/installed-test debian-packages
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .
