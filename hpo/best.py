@@ -105,7 +105,7 @@ def export_best(
     check_out(out)
     known = known_best(database, record)
     spec = StudySpec.from_json(record.spec)
-    data = load(spec.data, seed=spec.seed)
+    data = load(spec.data, seed=spec.seed, options=spec.data_options)
     if data.fingerprint != spec.fingerprint:
         raise UsageError(f"{spec.data} has changed since the study was made")
     found = known.trial.attributes["config"]

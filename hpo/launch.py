@@ -1,5 +1,6 @@
 """Create or continue a study, and say where its workers are to run."""
 
+import dataclasses
 import logging
 import os
 import re
@@ -20,6 +21,7 @@ from storage.errors import StudyNotFound
 from storage.home import home
 from storage.studies import StudyRecord, create_study, find_study, relaunch
 from trainer.config import ConfigError
+from trainer.data.options import DataOptions, Progress, no_progress
 from trainer.data.registry import settled_source, source_name
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,9 @@ class LaunchOptions:
 
     study: str | None = None
     data: str | None = None
+    image_size: int | None = None
+    max_broken: float | None = None
+    max_memory_bytes: int | None = None
     trials: int | None = None
     epochs: int | None = None
     space: Path | None = None
@@ -50,6 +55,12 @@ class LaunchOptions:
             raise UsageError(f"--seed must be >= 0 and below 2147483648, got {self.seed}")
         if self.study is not None:
             check_study_name(self.study)
+        DataOptions(**self.given_data_options())
+
+    def given_data_options(self) -> dict[str, Any]:
+        """Fields of DataOptions that an option sets."""
+        names = [field.name for field in dataclasses.fields(DataOptions)]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def given_fields(self) -> dict[str, Any]:
         """Fields of the space that an option or the space file sets."""
@@ -62,10 +73,13 @@ class LaunchOptions:
         return fields
 
 
-def prepare_study(database: Database, options: LaunchOptions) -> StudyRecord:
+def prepare_study(
+    database: Database, options: LaunchOptions, progress: Progress = no_progress
+) -> StudyRecord:
     """The study of these options, made if there is none. Raises UsageError if it differs.
 
-    Imports torch: the data is looked at before a study is made of it.
+    progress: is told how far the reading of pictures is. Imports torch: the data is looked at
+    before a study is made of it.
     """
     name, data = _name_and_data(database, options)
     fields = options.given_fields()
@@ -73,11 +87,16 @@ def prepare_study(database: Database, options: LaunchOptions) -> StudyRecord:
     try:
         record = find_study(database, name)
     except StudyNotFound:
-        spec = _new_spec(data, fields, seed=options.seed or 0)
+        spec = _new_spec(data, fields, options, progress)
         budget = options.trials or DEFAULT_BUDGET
         record = create_study(database, name, spec=spec.to_json(), budget=budget)
     spec = StudySpec.from_json(record.spec)
-    given = {**fields, "data": data if options.data else None, "seed": options.seed}
+    given = {
+        **fields,
+        **options.given_data_options(),
+        "data": data if options.data else None,
+        "seed": options.seed,
+    }
     known = {key: value for key, value in given.items() if value is not None}
     differences = spec.differences(known)
     if differences:
@@ -115,11 +134,15 @@ def _check_backbones(fields: Mapping[str, Any]) -> None:
             raise ConfigError(unknown_name("backbone", name, BACKBONES))
 
 
-def _new_spec(data: str, fields: Mapping[str, Any], *, seed: int) -> StudySpec:
+def _new_spec(
+    data: str, fields: Mapping[str, Any], options: LaunchOptions, progress: Progress
+) -> StudySpec:
     from trainer.data.registry import load
     from trainer.device import available_devices
 
-    dataset = load(data, seed=seed)
+    seed = options.seed or 0
+    data_options = DataOptions(**options.given_data_options())
+    dataset = load(data, seed=seed, options=data_options, progress=progress)
     space = default_space(
         input_size=dataset.input_size,
         num_train=len(dataset.train),
@@ -129,6 +152,7 @@ def _new_spec(data: str, fields: Mapping[str, Any], *, seed: int) -> StudySpec:
     space = space.replace(**fields)
     return StudySpec(
         data=data,
+        data_options=data_options,
         fingerprint=dataset.fingerprint,
         space=space,
         seed=seed,
@@ -152,6 +176,14 @@ def parse_duration(option: str, text: str) -> float:
     if seconds <= 0:
         raise UsageError(f"{option} takes a time above 0, like 90s, 30m or 2h, got {text!r}")
     return seconds
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """Bytes of '500M', '2G' or '2000000000', in powers of 1024. Raises UsageError."""
+    match = re.fullmatch(r"(\d{1,15})([KMGT]?)", text.strip())
+    if match is None:
+        raise UsageError(f"{option} takes a size like 500M or 2G, got {text!r}")
+    return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
 
 
 def make_executor(

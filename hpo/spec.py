@@ -9,6 +9,7 @@ from typing import Any
 
 from hpo.errors import UsageError
 from hpo.space import SearchSpace
+from trainer.data.options import DEFAULT_OPTIONS, DataOptions
 
 VERSION = 1
 
@@ -26,13 +27,15 @@ class StudySpec:
     """The frozen description of a study; the budget, which may grow, is not part of it."""
 
     data: str
-    """A source's name, or a folder's absolute path."""
+    """A source's name, or an absolute path."""
     fingerprint: str
     """Of the data; a worker that finds other data under the same name refuses."""
     space: SearchSpace
     seed: int
     first_rung: int
     """The step at which trials are judged for the first time."""
+    data_options: DataOptions = DEFAULT_OPTIONS
+    """How pictures are read: workers read them as the launcher did."""
     eta: int = 4
     """One in `eta` goes on at each rung."""
     lease_seconds: float = 30.0
@@ -68,14 +71,22 @@ class StudySpec:
                     f"the study was made with {name} {found.get(name)}, here is {version}: "
                     "use the same version, or another study"
                 )
-        return cls(**{**values, "space": SearchSpace.from_json(values["space"])})
+        options = DataOptions.from_dict(values.get("data_options", {}))
+        space = SearchSpace.from_json(values["space"])
+        return cls(**{**values, "space": space, "data_options": options})
 
     def differences(self, given: Mapping[str, Any]) -> list[str]:
         """Where options differ from this spec, in words.
 
-        given: `data`, `seed` and fields of the space; what is not in it is not compared.
+        given: `data`, `seed`, fields of DataOptions and of the space; what is not in it is not
+        compared.
         """
-        mine = {**self.space.fields, "data": self.data, "seed": self.seed}
+        mine = {
+            **self.space.fields,
+            **self.data_options.to_dict(),
+            "data": self.data,
+            "seed": self.seed,
+        }
         return [
             f"{name} is {mine.get(name)!r} there and {value!r} here"
             for name, value in given.items()
