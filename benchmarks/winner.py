@@ -80,7 +80,7 @@ def run_study(given: tuple[int, str]) -> dict[str, Any]:
 
     seed, url = given
     torch.set_num_threads(1)
-    registry.SOURCES[f"tiny-{seed}"] = lambda _: tiny(seed)
+    registry.SOURCES[f"tiny-{seed}"] = lambda *_: tiny(seed)
     database = Database(url)
     database.open()
     ensure_tables(database)

@@ -127,7 +127,7 @@ def export_best(
     check_out(options.out)
     study = _study_to_choose_from(database, record)
     spec = StudySpec.from_json(record.spec)
-    data = load(spec.data, seed=spec.seed)
+    data = load(spec.data, seed=spec.seed, options=spec.data_options)
     if data.fingerprint != spec.fingerprint:
         raise UsageError(f"{spec.data} has changed since the study was made")
     plan = plan_recheck(study, top_k=options.top_k, num_seeds=options.num_seeds, epochs=spec.epochs)

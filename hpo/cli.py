@@ -55,9 +55,19 @@ def launch(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|FOLDER",
-            help="digits, fashion-mnist, cifar10 or a folder of pictures.  [default: digits]",
+            metavar="NAME|PATH",
+            help="digits, fashion-mnist, cifar10, another set of torchvision's, a folder of "
+            "pictures, FILE.csv or Label Studio's FILE.json.  [default: digits]",
         ),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side that pictures are scaled to.  [default: by the data]")
+    ] = None,
+    max_broken: Annotated[
+        float | None, typer.Option(help="Share of pictures left out if broken.  [default: 0.01]")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="2G", help="Of pictures, in a worker's memory at once.")
     ] = None,
     trials: Annotated[
         int | None, typer.Option(help="The study's whole budget.  [default: 50]")
@@ -100,11 +110,17 @@ def launch(
     from hpo import launch as launching
     from hpo.executors.local import warm_up
     from hpo.limits import Limits
+    from hpo.progress import reading_bar
     from hpo.status import how_to_go_on, launch_command, status_json
 
     options = launching.LaunchOptions(
         study=study,
         data=data,
+        image_size=image_size,
+        max_broken=max_broken,
+        max_memory_bytes=(
+            None if max_memory is None else launching.parse_bytes("--max-memory", max_memory)
+        ),
         trials=trials,
         epochs=epochs,
         space=space,
@@ -122,7 +138,8 @@ def launch(
     database = _open(storage)
     if not detach:
         warm_up()
-    record = launching.prepare_study(database, options)
+    with reading_bar(sys.stderr) as progress:
+        record = launching.prepare_study(database, options, progress)
     watch = _watch(database, record, options, storage=storage, command=launch_command(record.name))
     if detach:
         log = launching.detach(record, options, storage_url=storage)

@@ -1,5 +1,6 @@
 """Create or continue a study, and say where its workers are to run."""
 
+import dataclasses
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ from storage.errors import StudyNotFound
 from storage.home import home
 from storage.studies import StudyRecord, create_study, find_study, relaunch
 from trainer.config import ConfigError, TrainConfig
+from trainer.data.options import DataOptions, Progress, no_progress
 from trainer.data.registry import settled_source, source_name
 
 if TYPE_CHECKING:
@@ -36,6 +38,9 @@ class LaunchOptions:
 
     study: str | None = None
     data: str | None = None
+    image_size: int | None = None
+    max_broken: float | None = None
+    max_memory_bytes: int | None = None
     trials: int | None = None
     epochs: int | None = None
     space: Path | None = None
@@ -55,6 +60,12 @@ class LaunchOptions:
             raise UsageError(f"--seed must be >= 0 and below 2147483648, got {self.seed}")
         if self.study is not None:
             check_study_name(self.study)
+        DataOptions(**self.given_data_options())
+
+    def given_data_options(self) -> dict[str, Any]:
+        """Fields of DataOptions that an option sets."""
+        names = [field.name for field in dataclasses.fields(DataOptions)]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def given_fields(self) -> dict[str, Any]:
         """Fields of the space that an option or the space file sets."""
@@ -67,10 +78,13 @@ class LaunchOptions:
         return fields
 
 
-def prepare_study(database: Database, options: LaunchOptions) -> StudyRecord:
+def prepare_study(
+    database: Database, options: LaunchOptions, progress: Progress = no_progress
+) -> StudyRecord:
     """The study of these options, made if there is none. Raises UsageError if it differs.
 
-    Imports torch: the data is looked at before a study is made of it.
+    progress: is told how far the reading of pictures is. Imports torch: the data is looked at
+    before a study is made of it.
     """
     name, data = _name_and_data(database, options)
     fields = options.given_fields()
@@ -78,13 +92,14 @@ def prepare_study(database: Database, options: LaunchOptions) -> StudyRecord:
     try:
         record = find_study(database, name)
     except StudyNotFound:
-        spec = _new_spec(data, fields, options)
+        spec = _new_spec(data, fields, options, progress)
         budget = options.trials or DEFAULT_BUDGET
         record = create_study(database, name, spec=spec.to_json(), budget=budget)
     spec = StudySpec.from_json(record.spec)
     given = {
         **fields,
         **options.limits.given(),
+        **options.given_data_options(),
         "data": data if options.data else None,
         "seed": options.seed,
     }
@@ -125,12 +140,15 @@ def _check_backbones(fields: Mapping[str, Any]) -> None:
             raise ConfigError(unknown_name("backbone", name, BACKBONES))
 
 
-def _new_spec(data: str, fields: Mapping[str, Any], options: LaunchOptions) -> StudySpec:
+def _new_spec(
+    data: str, fields: Mapping[str, Any], options: LaunchOptions, progress: Progress
+) -> StudySpec:
     from trainer.data.registry import load
     from trainer.device import available_devices
 
     seed = options.seed or 0
-    dataset = load(data, seed=seed)
+    data_options = DataOptions(**options.given_data_options())
+    dataset = load(data, seed=seed, options=data_options, progress=progress)
     space = default_space(
         input_size=dataset.input_size,
         num_train=len(dataset.train),
@@ -141,6 +159,7 @@ def _new_spec(data: str, fields: Mapping[str, Any], options: LaunchOptions) -> S
     _check_limits(options.limits, space, dataset)
     return StudySpec(
         data=data,
+        data_options=data_options,
         fingerprint=dataset.fingerprint,
         space=space,
         seed=seed,
@@ -189,6 +208,14 @@ def parse_duration(option: str, text: str) -> float:
     if seconds <= 0:
         raise UsageError(f"{option} takes a time above 0, like 90s, 30m or 2h, got {text!r}")
     return seconds
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """Bytes of '500M', '2G' or '2000000000', in powers of 1024. Raises UsageError."""
+    match = re.fullmatch(r"(\d{1,15})([KMGT]?)", text.strip())
+    if match is None:
+        raise UsageError(f"{option} takes a size like 500M or 2G, got {text!r}")
+    return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
 
 
 def make_executor(

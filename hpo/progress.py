@@ -1,17 +1,22 @@
 """The live view of a study: a table on a terminal, a line every few seconds elsewhere."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
 from hpo.rungs import STEPS_PER_EPOCH
 from hpo.status import best_trial
 from storage.snapshots import StudySnapshot, TrialSnapshot
+from trainer.data.options import Progress
 
 LINE_SECONDS = 5.0
 
@@ -94,6 +99,35 @@ class ProgressView:
                 Text("" if trial is None else params_text(trial)),
             )
         return table
+
+
+@contextmanager
+def reading_bar(stream: TextIO) -> Iterator[Progress]:
+    """A bar for the reading of pictures, gone afterwards; without a terminal, lines now and then.
+
+    Nothing is shown of what takes no time.
+    """
+    console = Console(file=stream)
+    columns = (TextColumn("reading {task.description}"), BarColumn(), MofNCompleteColumn())
+    bar = Bar(*columns, TimeRemainingColumn(), console=console, transient=True)
+    tasks: dict[str, TaskID] = {}
+    last_line = time.monotonic()
+
+    def tell(what: str, num_done: int, num_all: int) -> None:
+        nonlocal last_line
+        if console.is_terminal:
+            if what not in tasks:
+                bar.start()
+                tasks[what] = bar.add_task(what)
+            bar.update(tasks[what], completed=num_done, total=num_all)
+        elif time.monotonic() - last_line >= LINE_SECONDS:
+            last_line = time.monotonic()
+            console.print(f"reading {what}: {num_done:,} of {num_all:,}", highlight=False)
+
+    try:
+        yield tell
+    finally:
+        bar.stop()
 
 
 def params_text(trial: TrialSnapshot) -> str:

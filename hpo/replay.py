@@ -83,7 +83,7 @@ def replay_trial(
     spec = StudySpec.from_json(record.spec)
     config = TrainConfig.from_dict(trial.attributes["config"])
     plan = DevicePlan.from_dict({**trial.attributes["plan"], "device": _same_kind_of_device(trial)})
-    data = load(spec.data, seed=spec.seed)
+    data = load(spec.data, seed=spec.seed, options=spec.data_options)
     if data.fingerprint != spec.fingerprint:
         raise UsageError(f"{spec.data} has changed since the study was made")
     replayed = []

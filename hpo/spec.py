@@ -10,6 +10,7 @@ from typing import Any
 from hpo.errors import UsageError
 from hpo.limits import Limits
 from hpo.space import SearchSpace
+from trainer.data.options import DEFAULT_OPTIONS, DataOptions
 
 VERSION = 2
 
@@ -27,7 +28,7 @@ class StudySpec:
     """The frozen description of a study; the budget, which may grow, is not part of it."""
 
     data: str
-    """A source's name, or a folder's absolute path."""
+    """A source's name, or an absolute path."""
     fingerprint: str
     """Of the data; a worker that finds other data under the same name refuses."""
     space: SearchSpace
@@ -35,6 +36,8 @@ class StudySpec:
     first_rung: int
     """The step at which trials are judged for the first time."""
     limits: Limits = field(default_factory=Limits)
+    data_options: DataOptions = DEFAULT_OPTIONS
+    """How pictures are read: workers read them as the launcher did."""
     eta: int = 4
     """One in `eta` goes on at each rung."""
     lease_seconds: float = 30.0
@@ -73,16 +76,23 @@ class StudySpec:
         parsed = {
             "space": SearchSpace.from_json(values["space"]),
             "limits": Limits(**values["limits"]),
+            "data_options": DataOptions.from_dict(values["data_options"]),
         }
         return cls(**{**values, **parsed})
 
     def differences(self, given: Mapping[str, Any]) -> list[str]:
         """Where options differ from this spec, in words.
 
-        given: `data`, `seed`, limits and fields of the space; what is not in it is not compared.
+        given: `data`, `seed`, limits, fields of DataOptions and of the space; what is not in it is
+        not compared.
         """
-        limits = self.limits.given()
-        mine = {**self.space.fields, **limits, "data": self.data, "seed": self.seed}
+        mine = {
+            **self.space.fields,
+            **self.data_options.to_dict(),
+            **self.limits.given(),
+            "data": self.data,
+            "seed": self.seed,
+        }
         return [
             f"{name} is {mine.get(name)!r} there and {value!r} here"
             for name, value in given.items()

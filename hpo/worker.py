@@ -118,7 +118,8 @@ class Worker:
         record = find_study(database, study_name)
         self._spec = StudySpec.from_json(record.spec)
         self._study = OpenStudy(database, record)
-        self._data = load(self._spec.data, seed=self._spec.seed)
+        spec = self._spec
+        self._data = load(spec.data, seed=spec.seed, options=spec.data_options)
         if self._data.fingerprint != self._spec.fingerprint:
             raise UsageError(
                 f"{self._spec.data} is not the data that the study was made with: "

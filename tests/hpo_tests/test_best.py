@@ -28,7 +28,7 @@ opened: list[str] = []
 doing = ["nothing"]
 
 
-def watched_digits(seed: int) -> ImageDataset:
+def watched_digits(seed: int, *_: object) -> ImageDataset:
     """Digits, that note who opens their test split."""
     data = registry._load_digits(seed)
 

@@ -13,7 +13,7 @@ from tests.parts import PASSWORD, Hpo, TcpPostgres, free_port
 
 _COMMANDS = {
     "launch": {
-        "--study", "--data", "--trials", "--epochs", "--workers", "--devices", "--space",
+        "--study", "--data", "--image-size", "--max-broken", "--max-memory", "--trials", "--epochs", "--workers", "--devices", "--space",
         "--backbone", "--seed", "--timeout", "--max-params", "--max-megabytes", "--max-latency-ms",
         "--detach", "--storage", "--json",
     },

@@ -120,14 +120,32 @@ def test_without_a_test_folder_the_fingerprint_draws_one_from_train(parts: Path)
     assert [len(s) for s in (data.train, data.val, data.open_test())] == [16, 8, 4]
 
 
-def test_test_pictures_are_decoded_when_the_test_split_is_opened(parts: Path) -> None:
-    fingerprint = load(str(parts), seed=0).fingerprint
+def test_no_pixel_of_a_test_picture_is_kept_before_the_test_split_is_opened(
+    parts: Path, cache: Path
+) -> None:
+    data = load(str(parts), seed=0)
+    kept = [path.read_bytes() for path in cache.glob("*/images")]
+    assert [len(content) for content in kept] == [28 * 3 * 40 * 40]
+    test = data.open_test()
+    assert not any(image.numpy().tobytes() in kept[0] for image in test.images)
+    assert len(list(cache.glob("*/images"))) == 2
+
+
+def test_a_test_picture_that_changes_before_the_test_split_is_opened_is_named(parts: Path) -> None:
+    data = load(str(parts), seed=0)
+    path = parts / "test" / "a" / "0.png"
+    Image.new("RGB", (40, 40), "red").save(path)
+    with pytest.raises(DataError, match=r"0\.png has changed .*another picture"):
+        data.open_test()
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"0\.png has changed"):
+        data.open_test()
+
+
+def test_a_broken_test_picture_is_named_before_anything_is_trained(parts: Path) -> None:
     path = parts / "test" / "a" / "0.png"
     path.write_bytes(path.read_bytes()[:200])
-    data = load(str(parts), seed=0)
-    assert data.fingerprint == fingerprint
-    with pytest.raises(DataError, match=r"0\.png"):
-        data.open_test()
+    assert str(path) in _refusal(parts)
 
 
 def test_a_class_called_train_is_a_class(tmp_path: Path) -> None:

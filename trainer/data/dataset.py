@@ -1,4 +1,4 @@
-"""Split and ImageDataset: labelled images in memory, with a fixed train, val and test."""
+"""Split and ImageDataset: labelled images, in memory or mapped, with a fixed train, val, test."""
 
 import dataclasses
 import hashlib
@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 from trainer.config import DataError
+from trainer.data.findings import NOTHING_FOUND, Findings
+from trainer.data.mapped import join
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_COUNTED_BYTES = 2**24
+"""Of images, at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +71,8 @@ class ImageDataset:
     """Whether a picture mirrored left to right keeps its label."""
     open_test: Callable[[], Split]
     """Reads the test split, which is read nowhere else."""
+    findings: Findings = NOTHING_FOUND
+    """What is odd in the source's pictures."""
 
     def __post_init__(self) -> None:
         _check(len(self.train) > 0, f"{self.name}: no training images")
@@ -97,8 +103,11 @@ class ImageDataset:
         return channels, height, width
 
     def with_validation_in_training(self) -> "ImageDataset":
-        """The same data with train + val to train on and no images in val."""
-        images = torch.cat([self.train.images, self.val.images])
+        """The same data with train + val to train on and no images in val.
+
+        Images that lie one after the other in a mapped file are not copied.
+        """
+        images = join(self.train.images, self.val.images)
         labels = torch.cat([self.train.labels, self.val.labels])
         mean, std = channel_statistics(images)
         train = Split(images, labels)
@@ -124,13 +133,17 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     Counted in whole numbers, so that every machine gets the same. A constant channel has the std
     1/255: it is divided by.
     """
-    values = range(256)
+    channels = images.shape[1]
+    counts = torch.zeros(channels, 256, dtype=torch.int64)
+    size = max(1, _COUNTED_BYTES // images[0].nbytes)
+    for start in range(0, len(images), size):
+        for channel, pixels in enumerate(images[start : start + size].unbind(1)):
+            counts[channel] += torch.bincount(pixels.flatten(), minlength=256)
     mean, std = [], []
-    for channel in images.unbind(1):
-        counts = torch.bincount(channel.flatten(), minlength=256).tolist()
-        number = sum(counts)
-        total = sum(n * v for n, v in zip(counts, values, strict=True))
-        squares = sum(n * v * v for n, v in zip(counts, values, strict=True))
+    for row in counts.tolist():
+        number = sum(row)
+        total = sum(n * v for v, n in enumerate(row))
+        squares = sum(n * v * v for v, n in enumerate(row))
         variance = (number * squares - total * total) / number**2
         mean.append(total / number / 255)
         std.append(max(variance**0.5, 1.0) / 255)

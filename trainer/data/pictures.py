@@ -1,5 +1,7 @@
 """Picture files as arrays of one size. Imports without torch: predict needs none."""
 
+import hashlib
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trainer.config import DataError
+from trainer.data.findings import one_line
 
 SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
@@ -21,6 +24,11 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _GRAY_MODES = ("1", "L", "LA", "La", "I")
 
 
+_DRAFT_SIDE = 448
+"""Pixels of the shorter side below which a JPEG decoder skips no detail."""
+THUMBNAIL_SIDE = 32
+
+
 @dataclass(frozen=True, kw_only=True)
 class PictureHeader:
     """What a picture file says of itself before it is decoded."""
@@ -28,6 +36,18 @@ class PictureHeader:
     shorter_side: int
     """Pixels."""
     is_gray: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedPicture:
+    """A picture file, read and decoded once."""
+
+    sha256: str
+    """Of the file's bytes, 64 hex digits."""
+    pixels: NDArray[np.uint8]
+    """(C,H,W)."""
+    thumbnail: NDArray[np.uint8]
+    """(32,32), gray; the same whatever size was asked for."""
 
 
 def read_header(path: Path) -> PictureHeader:
@@ -42,20 +62,61 @@ def read_picture(path: Path, *, input_size: tuple[int, int, int]) -> NDArray[np.
 
     input_size: (C,H,W), C is 1 (gray) or 3 (RGB). Transparency becomes white, 16 bits become 8,
     and the sides are scaled to H and W (bilinear, with antialiasing), whatever their ratio was.
-    Raises DataError, one line, if the file is no picture, is broken, or has more pixels than
-    PIL's guard against decompression bombs lets pass.
+    Raises DataError, one line, if the file is no picture, is broken, or has more than the 179
+    million pixels that PIL's guard against decompression bombs lets pass.
     """
+    with _opened(path) as image:
+        return _scale(_decode(image, _draft_side(input_size)), input_size)
+
+
+def decode_picture(path: Path, *, input_size: tuple[int, int, int]) -> DecodedPicture:
+    """What read_picture gives, with the file's digest and a thumbnail of it."""
+    if not path.is_file():
+        raise DataError(f"{one_line(path)}: no such picture file")
+    content = path.read_bytes()
+    draft_side = _draft_side(input_size)
+    with _opened(path, content) as image:
+        flat = _decode(image, draft_side)
+        pixels = _scale(flat, input_size)
+        is_drafted = image.format == "JPEG" and draft_side != _DRAFT_SIDE
+    if is_drafted:
+        with _opened(path, content) as image:
+            flat = _decode(image, _DRAFT_SIDE)
+    return DecodedPicture(
+        sha256=hashlib.sha256(content).hexdigest(), pixels=pixels, thumbnail=_thumbnail(flat)
+    )
+
+
+def _draft_side(input_size: tuple[int, int, int]) -> int:
+    """The side down to which a JPEG decoder may skip detail: twice what is needed."""
     channels, height, width = input_size
     if channels not in (1, 3):
         raise DataError(f"pictures have 1 or 3 channels, not {channels}")
-    with _opened(path) as image:
-        # lets a JPEG decoder skip detail, down to twice the size that is needed
-        image.draft(None, (2 * max(height, width), 2 * max(height, width)))
-        flat = _flatten(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
-        if flat.size != (width, height):
-            flat = flat.resize((width, height), Image.Resampling.BILINEAR)
-        pixels = np.asarray(flat, dtype=np.uint8).reshape(height, width, channels)
+    return max(_DRAFT_SIDE, 2 * max(height, width))
+
+
+def _decode(image: Image.Image, draft_side: int) -> Image.Image:
+    image.draft(None, (draft_side, draft_side))
+    ImageOps.exif_transpose(image, in_place=True)
+    return _flatten(image)
+
+
+def _scale(flat: Image.Image, input_size: tuple[int, int, int]) -> NDArray[np.uint8]:
+    channels, height, width = input_size
+    mode = "L" if channels == 1 else "RGB"
+    scaled = flat if flat.mode == mode else flat.convert(mode)
+    if scaled.size != (width, height):
+        scaled = scaled.resize((width, height), Image.Resampling.BILINEAR)
+    pixels = np.asarray(scaled, dtype=np.uint8).reshape(height, width, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _thumbnail(flat: Image.Image) -> NDArray[np.uint8]:
+    colours = flat if flat.mode in ("L", "RGB") else flat.convert("RGB")
+    factor = min(flat.size) // (2 * THUMBNAIL_SIDE)
+    smaller = colours.reduce(factor) if factor > 1 else colours
+    side = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+    return np.asarray(smaller.convert("L").resize(side, Image.Resampling.BILINEAR), dtype=np.uint8)
 
 
 def _flatten(image: Image.Image) -> Image.Image:
@@ -75,17 +136,21 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such picture file")
+def _opened(path: Path, content: bytes | None = None) -> Iterator[Image.Image]:
+    """content: of the file, where it was read before."""
+    shown = one_line(path)
+    if content is None and not path.is_file():
+        raise DataError(f"{shown}: no such picture file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_FORMATS) as image:
+            file = path if content is None else io.BytesIO(content)
+            with Image.open(file, formats=_FORMATS) as image:
                 yield image
     except UnidentifiedImageError as error:
-        raise DataError(f"{path}: not a picture ({', '.join(_FORMATS)})") from error
+        raise DataError(f"{shown}: not a picture ({', '.join(_FORMATS)})") from error
+    except DataError:
+        raise
     except Exception as error:  # PIL's decoders raise nearly anything on a broken file
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: can't be read as a picture: {reason}") from error
+        raise DataError(f"{shown}: can't be read as a picture: {reason}") from error

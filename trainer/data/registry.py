@@ -1,30 +1,46 @@
-"""Data sources by name, or by the path of a folder of pictures. Imports without torch."""
+"""Data sources by name, or by the path of pictures. Imports without torch."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.config import DataError, unknown_name
+from trainer.config import ConfigError, DataError, unknown_name
+from trainer.data.dvc import has_note, pulled
+from trainer.data.findings import one_line
+from trainer.data.options import DEFAULT_OPTIONS, DataOptions, Progress, no_progress
+from trainer.data.published import PUBLISHED
 
 if TYPE_CHECKING:
     from trainer.data.dataset import ImageDataset
+    from trainer.data.listing import Listing
+
+Source = Callable[[int, DataOptions, Progress], "ImageDataset"]
+"""Gets the seed, the options and who is told of progress."""
 
 
-def load(source: str, *, seed: int) -> "ImageDataset":
+def load(
+    source: str,
+    *,
+    seed: int,
+    options: DataOptions = DEFAULT_OPTIONS,
+    progress: Progress = no_progress,
+) -> "ImageDataset":
     """The data set of a source; the seed draws its validation split and nothing else.
 
-    source: a key of SOURCES, or the path of a folder (it has a separator, or exists).
-    Raises DataError, one line, if the source is unknown or its data can't be used.
+    source: a key of SOURCES, or the path of a folder, a table or an export (it has a separator,
+    or exists). Raises DataError, one line, if the source is unknown or its data can't be used;
+    ConfigError if an option is given that the source can't heed.
     """
     name = source_name(source)
     try:
         if source in SOURCES:
-            return SOURCES[source](seed)
-        return _load_folder(Path(source).expanduser(), name, seed)
+            return SOURCES[source](seed, options, progress)
+        return _load_path(Path(settled_source(source)), name, seed, options, progress)
     except OSError as error:
-        raise DataError(f"{source}: {error}") from error
+        raise DataError(f"{one_line(source)}: {one_line(error)}") from error
 
 
 def source_name(source: str) -> str:
@@ -34,8 +50,9 @@ def source_name(source: str) -> str:
     """
     if source in SOURCES:
         return source
-    folder = Path(settled_source(source)).name
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder).strip("-.")[:64] or "data"
+    path = Path(settled_source(source))
+    words = path.stem if path.suffix.lower() in LISTINGS else path.name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", words).strip("-.")[:64] or "data"
 
 
 def settled_source(source: str) -> str:
@@ -47,19 +64,55 @@ def settled_source(source: str) -> str:
         return source
     if not _is_path(source):
         known = unknown_name("data set", source, SOURCES)
-        raise DataError(f"{known}, or the path of a folder")
+        raise DataError(f"{known}, or the path of a folder, a .csv table or a .json export")
     return str(Path(source).expanduser().resolve())
 
 
 def _is_path(source: str) -> bool:
+    if source == "" or "\0" in source:
+        return False
     separators = [separator for separator in (os.sep, os.altsep) if separator]
-    return any(s in source for s in separators) or os.path.isdir(source)
+    path = Path(source)
+    is_listing = path.suffix.lower() in LISTINGS
+    return (
+        is_listing
+        or any(s in source for s in separators)
+        or os.path.exists(source)
+        or has_note(path)
+    )
 
 
-def _load_folder(folder: Path, name: str, seed: int) -> "ImageDataset":
-    from trainer.data.folder import load as load_folder
+def _load_path(
+    path: Path, name: str, seed: int, options: DataOptions, progress: Progress
+) -> "ImageDataset":
+    from trainer.data.assemble import load_pictures
 
-    return load_folder(folder, name=name, seed=seed)
+    identity = pulled(path)
+    listing = LISTINGS.get(path.suffix.lower(), _list_folder)(path)
+    listing = dataclasses.replace(listing, identity=identity)
+    return load_pictures(listing, name=name, seed=seed, options=options, progress=progress)
+
+
+def _list_folder(path: Path) -> "Listing":
+    from trainer.data.folder import list_folder
+
+    return list_folder(path)
+
+
+def _list_table(path: Path) -> "Listing":
+    from trainer.data.table import list_table
+
+    return list_table(path)
+
+
+def _list_export(path: Path) -> "Listing":
+    from trainer.data.label_studio import list_export
+
+    return list_export(path)
+
+
+LISTINGS: dict[str, Callable[[Path], "Listing"]] = {".csv": _list_table, ".json": _list_export}
+"""By the suffix of a file that names pictures; any other path is a folder."""
 
 
 def _load_digits(seed: int) -> "ImageDataset":
@@ -80,8 +133,29 @@ def _load_cifar10(seed: int) -> "ImageDataset":
     return load_cifar10(seed=seed)
 
 
-SOURCES: dict[str, Callable[[int], "ImageDataset"]] = {
-    "digits": _load_digits,
-    "fashion-mnist": _load_fashion_mnist,
-    "cifar10": _load_cifar10,
+def _of_one_size(name: str, load_images: Callable[[int], "ImageDataset"]) -> Source:
+    """A source whose images are arrays of one size, which no option changes."""
+
+    def load_source(seed: int, options: DataOptions, _progress: Progress) -> "ImageDataset":
+        if options.image_size is not None:
+            raise ConfigError(f"--image-size is for picture files: {name} has images of one size")
+        return load_images(seed)
+
+    return load_source
+
+
+def _published(name: str) -> Source:
+    def load_source(seed: int, options: DataOptions, progress: Progress) -> "ImageDataset":
+        from trainer.data.published import load as load_published
+
+        return load_published(name, seed=seed, options=options, progress=progress)
+
+    return load_source
+
+
+SOURCES: dict[str, Source] = {
+    "digits": _of_one_size("digits", _load_digits),
+    "fashion-mnist": _of_one_size("fashion-mnist", _load_fashion_mnist),
+    "cifar10": _of_one_size("cifar10", _load_cifar10),
+    **{name: _published(name) for name in PUBLISHED},
 }

@@ -1,4 +1,4 @@
-"""Where downloaded data sets lie, and how one gets there whole or not at all."""
+"""Where data sets and what is made of them lie, and how one gets there whole or not at all."""
 
 import contextlib
 import os
@@ -20,6 +20,21 @@ def data_root() -> Path:
     if named := os.environ.get("HPO_DATA"):
         return Path(named).expanduser().absolute()
     return Path(platformdirs.user_cache_dir("hpo")) / "data"
+
+
+def cache_root() -> Path:
+    """The folder of what can be made again: HPO_HOME/cache, else the platform's cache for hpo."""
+    if named := os.environ.get("HPO_HOME"):
+        return Path(named).expanduser().absolute() / "cache"
+    return Path(platformdirs.user_cache_dir("hpo")) / "pictures"
+
+
+def cache_bytes() -> int:
+    """How large that folder may grow: HPO_CACHE_BYTES, else 50 GB. Raises DataError."""
+    named = os.environ.get("HPO_CACHE_BYTES", str(50 * 10**9))
+    if not named.isascii() or not named.isdigit():
+        raise DataError(f"HPO_CACHE_BYTES must be a number of bytes, got {named!r}")
+    return int(named)
 
 
 def fetch(name: str, download: Callable[[Path], Path], target: str, way_out: str) -> None:

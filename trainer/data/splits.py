@@ -1,13 +1,16 @@
 """Stratified splits, drawn by a number alone, and a data set made of them."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.config import DataError
 from trainer.data.dataset import ImageDataset, Split, channel_statistics, check_split
+from trainer.data.findings import NOTHING_FOUND, Findings
 
 TEST_SHARE = 0.2
 """Of a source without an official test split."""
@@ -18,25 +21,37 @@ def validation_share(num_images: int) -> float:
     return 0.1 if num_images >= 20_000 else 0.2
 
 
-def draw(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+def draw(
+    labels: Tensor, share: float, seed: int, groups: NDArray[np.int64] | None = None
+) -> tuple[Tensor, Tensor]:
     """Indices of the rest and of the drawn images, each in rising order. labels: int64 (N,).
 
     Every class gives its share (largest remainder), and has an image on each side if it has two.
-    The order is that of PCG64's raw numbers, whose stream numpy never changes.
+    The order is that of PCG64's raw numbers, whose stream numpy never changes. groups: (N,),
+    images of the same number stay together; a group is drawn where all of it still fits into
+    what its classes give, so a class may give less than its share.
     """
     classes = labels.numpy()
-    quotas = _quotas(np.bincount(classes), share)
-    keys = np.random.PCG64(seed).random_raw(len(classes))
-    order = np.argsort(keys, kind="stable")
+    left = _quotas(np.bincount(classes), share)
+    order = np.argsort(np.random.PCG64(seed).random_raw(len(classes)), kind="stable")
+    together: dict[int, list[int]] = {}
+    for index in order.tolist():
+        together.setdefault(index if groups is None else int(groups[index]), []).append(index)
     drawn = np.zeros(len(classes), dtype=bool)
-    for label, quota in enumerate(quotas):
-        drawn[order[classes[order] == label][:quota]] = True
+    for members in together.values():
+        wanted = Counter(classes[members].tolist())
+        if all(left[label] >= number for label, number in wanted.items()):
+            drawn[members] = True
+            for label, number in wanted.items():
+                left[label] -= number
     return torch.from_numpy(np.flatnonzero(~drawn)), torch.from_numpy(np.flatnonzero(drawn))
 
 
-def draw_test(labels: Tensor, fingerprint: str) -> tuple[Tensor, Tensor]:
+def draw_test(
+    labels: Tensor, fingerprint: str, groups: NDArray[np.int64] | None = None
+) -> tuple[Tensor, Tensor]:
     """Indices for training and for the test split, which the fingerprint alone decides."""
-    return draw(labels, TEST_SHARE, int(fingerprint, 16))
+    return draw(labels, TEST_SHARE, int(fingerprint, 16), groups)
 
 
 def make_dataset(
@@ -49,6 +64,7 @@ def make_dataset(
     open_test: Callable[[], Split],
     seed: int,
     val: Split | None = None,
+    findings: Findings = NOTHING_FOUND,
 ) -> ImageDataset:
     """The data set of a source; without a val of its own it is drawn from training by the seed.
 
@@ -79,6 +95,7 @@ def make_dataset(
         fingerprint=fingerprint,
         flips=flips,
         open_test=read_test,
+        findings=findings,
     )
     return data
 
