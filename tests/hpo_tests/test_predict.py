@@ -170,7 +170,7 @@ def test_the_card_s_program_for_tflite_answers_as_predict_does(
     arrays = np.stack([read_picture(path, input_size=(1, 8, 8)) for path in pictures])
     np.save(tmp_path / "images.npy", arrays)
     program += "import sys; print(classify(np.load(sys.argv[1])).tolist(), *sys.modules)"
-    command = [sys.executable, "-I", "-c", program, tmp_path / "images.npy"]
+    command = [sys.executable, "-I", "-c", program, str(tmp_path / "images.npy")]
     done = subprocess.run(command, cwd=export_dir, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     numbers, _, modules = done.stdout.splitlines()[-1].partition("]")
