@@ -19,6 +19,7 @@ from trainer.config import ConfigError, DataError, TrainConfig
 from trainer.data.dataset import ImageDataset, Split
 from trainer.data.pictures import read_picture
 from trainer.export.folder import export_model
+from trainer.export.snippets import snippet
 
 CLASSES = ("dark", "bright", "猫")
 
@@ -159,6 +160,23 @@ def test_a_format_that_predict_can_not_run_is_answered_with_those_it_can(
     with pytest.raises(ConfigError, match="it has: onnx, onnx-fp16, onnx-int8, tflite") as refusal:
         predict(export_dir, pictures[:1], file_format=name)
     assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_the_card_s_program_for_tflite_answers_as_predict_does(
+    export_dir: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    """Elsewhere the card's programs are run as an export writes them; this file came by itself."""
+    program = snippet("tflite", {"file": "model.tflite"}, input_size=(1, 8, 8), num_classes=3)
+    arrays = np.stack([read_picture(path, input_size=(1, 8, 8)) for path in pictures])
+    np.save(tmp_path / "images.npy", arrays)
+    program += "import sys; print(classify(np.load(sys.argv[1])).tolist(), *sys.modules)"
+    command = [sys.executable, "-I", "-c", program, str(tmp_path / "images.npy")]
+    done = subprocess.run(command, cwd=export_dir, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    numbers, _, modules = done.stdout.splitlines()[-1].partition("]")
+    predictions = predict(export_dir, pictures, file_format="tflite")
+    assert json.loads(numbers + "]") == [CLASSES.index(p.class_) for p in predictions]
+    assert not {"hpo", "trainer", "storage", "torch"} & set(modules.split())
 
 
 def test_a_broken_tflite_file_is_said_in_one_line(

@@ -34,9 +34,8 @@ def constraints() -> dict[str, str]:
 
 
 def imported_distributions() -> set[str]:
-    homes = importlib.metadata.packages_distributions() | {
-        module: [home] for module, home in APART.items()
-    }
+    homes = dict(importlib.metadata.packages_distributions())
+    homes |= {module: [home] for module, home in APART.items()}
     modules = {name.partition(".")[0] for _, tree in sources() for name in imported(tree)}
     foreign = modules - set(PACKAGES) - set(sys.stdlib_module_names)
     return {canonicalize_name(home) for module in foreign for home in homes[module]}

@@ -9,11 +9,13 @@ import trainer.evaluate
 from trainer.data.dataset import Split
 from trainer.device import DevicePlan
 from trainer.evaluate import (
+    calibration_error,
     classify,
     confusion_matrix,
     evaluate,
     macro_f1,
     macro_recall,
+    negative_log_likelihood,
     per_class,
     wilson_interval,
 )
@@ -125,6 +127,40 @@ def test_classes_without_images_do_not_count_in_the_means() -> None:
     matrix = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
     assert macro_recall(matrix) == pytest.approx((0.75 + 1) / 2)
     assert macro_f1(matrix) == pytest.approx((6 / 7 + 8 / 9) / 2)
+
+
+def test_calibration_error_is_the_gap_between_confidence_and_accuracy_in_each_bin() -> None:
+    """Ten answers at 0.62 of which five are right, ten at 0.93 of which all are."""
+    confidence = torch.tensor([0.62] * 10 + [0.93] * 10, dtype=torch.float64)
+    logits = torch.stack([confidence.log(), (1 - confidence).log()], dim=1)
+    labels = torch.tensor([0, 1] * 5 + [0] * 10)
+    assert calibration_error(logits, labels) == pytest.approx((0.12 + 0.07) / 2)
+    assert calibration_error(logits, labels, num_bins=1) == pytest.approx(0.025)
+    certain = torch.tensor([[100.0, -100.0]] * 4)
+    assert calibration_error(certain, torch.tensor([0, 0, 0, 1])) == pytest.approx(0.25)
+
+
+def test_calibration_error_is_that_of_a_plain_loop() -> None:
+    source = torch.Generator().manual_seed(4)
+    logits = 3 * torch.randn(500, 7, generator=source)
+    labels = torch.randint(7, (500,), generator=source)
+    probabilities = logits.double().softmax(dim=1).numpy()
+    expected = 0.0
+    for number in range(15):
+        low, high = number / 15, (number + 1) / 15
+        rows = [i for i in range(500) if low < probabilities[i].max() <= high]
+        if rows:
+            hits = sum(int(probabilities[i].argmax()) == int(labels[i]) for i in rows)
+            confidence = sum(probabilities[i].max() for i in rows)
+            expected += abs(hits - confidence) / 500
+    assert calibration_error(logits, labels) == pytest.approx(expected)
+
+
+def test_negative_log_likelihood_is_scikit_learn_s_log_loss() -> None:
+    source = torch.Generator().manual_seed(5)
+    logits, labels = torch.randn(90, 3, generator=source), torch.arange(90) % 3
+    expected = metrics.log_loss(labels, logits.double().softmax(dim=1).numpy())
+    assert negative_log_likelihood(logits, labels) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(8, 10), (1, 30), (9250, 10000)])
