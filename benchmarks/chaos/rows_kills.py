@@ -92,8 +92,9 @@ def _killed_at(arena: Arena, *names: str) -> Finding:
     faults = [Fault(point=name, times=2) for name in names]
     if names[0] in TAKE_OVER_POINTS:
         faults.append(Fault(point="after report", times=2))
-    if names == LEAVING_POINTS:
-        faults.append(Fault(point="after leg", signal="SIGTERM", times=2 * len(names)))
+    if names == LEAVING_POINTS:  # a trial each, for none may be killed more than twice
+        faults = [Fault(point=name, times=2, trial=trial) for trial, name in enumerate(names)]
+        faults.append(Fault(point="after leg", signal="SIGTERM", times=8))
     with arena.stage(FaultPlan(folder="", faults=tuple(faults))) as stage:
         launcher = stage.launch(trials=3, workers=2, epochs=3)
         launcher.wait(300)
