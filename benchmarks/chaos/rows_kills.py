@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.chaos.audit import Finding, audit
 from benchmarks.chaos.faults import Fault, FaultPlan
-from benchmarks.chaos.stage import STUDY, Arena, Stage, repeat, wait_for
+from benchmarks.chaos.stage import STUDY, Arena, Stage, repeat, slowness, wait_for
 from storage.checkpoints import TrialCheckpoints
 
 SEARCHED = ("lr", "batch_size", "backbone", "weight_decay")
@@ -32,7 +32,7 @@ def killed_at_random(arena: Arena, long: bool) -> Iterator[Finding]:
     budget, workers, leg_seconds = (200, 8, 0.5) if long else (20, 3, 0.3)
     with arena.stage(FaultPlan(folder="", leg_seconds=leg_seconds)) as stage:
         launcher = stage.launch(trials=budget, workers=workers, epochs=5)
-        repeat(stage.kill_a_worker, every=1, until=launcher, seconds=1200 if long else 300)
+        repeat(stage.kill_a_worker, every=slowness(), until=launcher, seconds=1200 if long else 300)
         done = f"{workers} workers, a random one killed each second; simulated training"
         finding = audit(stage, "1", done=done, budget=budget, epochs=5)
         finding.check(launcher.code == 0, f"launch ended with {launcher.code}")
