@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psycopg2
 import sqlalchemy
 from optuna.trial import TrialState
 
@@ -38,7 +39,7 @@ from storage.database import Database
 from storage.leases import Lease
 from storage.schema import ensure_tables
 from storage.studies import OpenStudy, StudyRecord, create_study
-from tests.parts import TcpPostgres
+from tests.parts import PASSWORD, TcpPostgres
 from trainer.config import TrainConfig
 from trainer.data.dataset import ImageDataset
 from trainer.data.registry import load
@@ -296,14 +297,23 @@ def _work(simulated: Simulated, url: str, index: int) -> None:
 
 @contextlib.contextmanager
 def _connections(server: TcpPostgres, name: str) -> Iterator[list[int]]:
-    """How many there are to this database, twice a second."""
-    found, ended = [0], threading.Event()
-    statement = f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{name}' AND pid <>" \
-                " pg_backend_pid()"  # fmt: skip
+    """How many there are to this database, twice a second, over one that was there before."""
+    found: list[int] = []
+    ended = threading.Event()
+    own = psycopg2.connect(
+        host="127.0.0.1", port=server.port, user="postgres", password=PASSWORD, dbname=name
+    )
+    own.autocommit = True
 
     def sample() -> None:
-        while not ended.wait(0.5):
-            found.append(query(server, name, statement)[0][0])
+        with contextlib.closing(own), own.cursor() as cursor:
+            while not ended.wait(0.5):
+                with contextlib.suppress(psycopg2.OperationalError):  # 64 workers come first
+                    cursor.execute(
+                        "SELECT count(*) FROM pg_stat_activity"
+                        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                    )
+                    found.append(cursor.fetchone()[0])
 
     thread = threading.Thread(target=sample)
     thread.start()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.chaos.audit import Finding, audit
 from benchmarks.chaos.faults import Fault, FaultPlan
-from benchmarks.chaos.stage import STUDY, Arena, Stage, repeat, wait_for
+from benchmarks.chaos.stage import STUDY, Arena, Stage, repeat, slowness, wait_for
 from storage.checkpoints import TrialCheckpoints
 
 SEARCHED = ("lr", "batch_size", "backbone", "weight_decay")
@@ -32,7 +32,7 @@ def killed_at_random(arena: Arena, long: bool) -> Iterator[Finding]:
     budget, workers, leg_seconds = (200, 8, 0.5) if long else (20, 3, 0.3)
     with arena.stage(FaultPlan(folder="", leg_seconds=leg_seconds)) as stage:
         launcher = stage.launch(trials=budget, workers=workers, epochs=5)
-        repeat(stage.kill_a_worker, every=1, until=launcher, seconds=1200 if long else 300)
+        repeat(stage.kill_a_worker, every=slowness(), until=launcher, seconds=1200 if long else 300)
         done = f"{workers} workers, a random one killed each second; simulated training"
         finding = audit(stage, "1", done=done, budget=budget, epochs=5)
         finding.check(launcher.code == 0, f"launch ended with {launcher.code}")
@@ -92,8 +92,9 @@ def _killed_at(arena: Arena, *names: str) -> Finding:
     faults = [Fault(point=name, times=2) for name in names]
     if names[0] in TAKE_OVER_POINTS:
         faults.append(Fault(point="after report", times=2))
-    if names == LEAVING_POINTS:
-        faults.append(Fault(point="after leg", signal="SIGTERM", times=2 * len(names)))
+    if names == LEAVING_POINTS:  # a trial each, for none may be killed more than twice
+        faults = [Fault(point=name, times=2, trial=trial) for trial, name in enumerate(names)]
+        faults.append(Fault(point="after leg", signal="SIGTERM", times=8))
     with arena.stage(FaultPlan(folder="", faults=tuple(faults))) as stage:
         launcher = stage.launch(trials=3, workers=2, epochs=3)
         launcher.wait(300)

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.chaos.audit import Finding, audit, take_over_seconds
 from benchmarks.chaos.faults import VARIABLE, Fault, FaultPlan
-from benchmarks.chaos.stage import LEASE_SECONDS, STUDY, Arena, Command, Stage, wait_for
+from benchmarks.chaos.stage import LEASE_SECONDS, STUDY, Arena, Command, Stage, slowness, wait_for
 from benchmarks.chaos.zygote import Zygote
 
 LEAVE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -54,7 +54,7 @@ def _leaves(stage: Stage, command: Command, number: signal.Signals) -> str | Non
     stage.num_signals += 2 if is_launch else 1  # its workers are told, too
     code = command.wait(120)
     seconds = time.monotonic() - started
-    if seconds > 10:
+    if seconds > 10 * slowness():
         return f"{command.name} leaves {seconds:.1f} s after {number.name}"
     if code != 130:
         return f"{command.name} ends with {code} after {number.name}, not with 130"
@@ -89,7 +89,7 @@ def _told_twice(arena: Arena) -> Finding:
             stage.num_signals += 1
             code = command.wait(120)
             seconds = time.monotonic() - started
-            if seconds > 1 or code != 130:
+            if seconds > slowness() or code != 130:
                 wrong.append(f"{command.name} left with {code} {seconds:.1f} s after the second")
         left = stage.workers()
         if left:

@@ -237,6 +237,11 @@ def wait_for(what: str, holds: Callable[[], Any], *, seconds: float) -> Any:
     raise Overdue(f"not within {seconds:.0f} s: {what}")
 
 
+def slowness() -> float:
+    """At least 1: how many processes share a core here. What takes a second then takes longer."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def repeat(action: Callable[[], None], *, every: float, until: Command, seconds: float) -> None:
     """Again and again until the command has ended. Raises Overdue."""
     deadline = time.monotonic() + seconds
