@@ -7,7 +7,7 @@ from sqlalchemy import text
 from storage.database import Database
 from storage.errors import StorageError
 
-VERSION = 1
+VERSION = 2
 _LOCK = 0x68706F  # "hpo", for pg_advisory_xact_lock
 
 _TABLES = """
@@ -51,6 +51,17 @@ CREATE TABLE hpo_workers (
     pid integer NOT NULL,
     device text NOT NULL,
     seen_at timestamptz NOT NULL DEFAULT now()
+);
+
+-- objects that there may be in an object store, where checkpoints are kept in one
+CREATE TABLE hpo_checkpoints (
+    trial_id integer NOT NULL REFERENCES trials ON DELETE CASCADE,
+    token bigint NOT NULL,
+    step integer NOT NULL,
+    num_bytes bigint NOT NULL,
+    -- false: never read again, and to be removed
+    is_kept boolean NOT NULL DEFAULT true,
+    PRIMARY KEY (trial_id, token, step)
 );
 
 -- "which values were reported at this step": the rungs' question at each report
