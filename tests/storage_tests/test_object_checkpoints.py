@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -234,11 +234,12 @@ def test_a_store_that_fails_is_an_os_error_within_seconds(
             monkeypatch.setenv(name, value)
         forget_clients()
         started = time.monotonic()
-        for call in (
+        calls: tuple[Callable[[], object], ...] = (
             lambda: store.write("1/1/1/1.ckpt", b"x"),
             lambda: store.read("1/1/1/1.ckpt", most_bytes=1),
             lambda: store.remove("1/1/1/1.ckpt"),
-        ):
+        )
+        for call in calls:
             with pytest.raises(ObjectStoreError) as caught:
                 call()
             message = str(caught.value)
