@@ -20,7 +20,13 @@ from hpo.spec import StudySpec, check_study_name
 from storage.database import Database
 from storage.errors import StudyNotFound
 from storage.home import home
-from storage.studies import StudyRecord, create_study, find_study, relaunch
+from storage.studies import (
+    StudyRecord,
+    check_checkpoint_place,
+    create_study,
+    find_study,
+    relaunch,
+)
 from trainer.config import ConfigError, TrainConfig
 from trainer.data.options import DataOptions, Progress, no_progress
 from trainer.data.registry import settled_source, source_name
@@ -86,6 +92,7 @@ def prepare_study(
     progress: is told how far the reading of pictures is. Imports torch: the data is looked at
     before a study is made of it.
     """
+    check_checkpoint_place()
     name, data = _name_and_data(database, options)
     fields = options.given_fields()
     _check_backbones(fields)

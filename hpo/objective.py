@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from hpo.rungs import is_rung, judge
 from hpo.spec import StudySpec
-from storage.checkpoints import TrialCheckpoints, checkpoint_root
+from storage.checkpoints import Checkpoints
 from storage.leases import Lease
 from storage.studies import OpenStudy
 from trainer.config import ConfigError, TrainConfig, TrainingFailure
@@ -60,11 +60,8 @@ class TrialRun:
         trial = study.trial(self._trial_id)
         self.number = trial.number
         self._attributes: Mapping[str, Any] = trial.user_attrs
-        self._checkpoints: TrialCheckpoints | None = TrialCheckpoints(
-            checkpoint_root(),
-            study_key=study.record.checkpoint_key,
-            trial_number=trial.number,
-            token=lease.token,
+        self._checkpoints: Checkpoints | None = study.checkpoints(
+            lease, self._trial_id, trial_number=trial.number
         )
 
     def run(self) -> Outcome:
@@ -249,6 +246,8 @@ class TrialRun:
         try:
             return self._checkpoints.take_over()
         except OSError as error:
+            if self._lease.attempts > 1:
+                logger.warning("trial %d begins anew: no checkpoint can be reached", self.number)
             self._do_without_checkpoints(error)
         return None
 

@@ -20,7 +20,7 @@ from storage.database import OUTAGE_SECONDS, Database
 from storage.errors import LeaseLost, StudyNotFound
 from storage.leases import Lease, NoWork
 from storage.schema import ensure_tables
-from storage.studies import OpenStudy, find_study
+from storage.studies import OpenStudy, check_checkpoint_place, find_study
 from trainer.data.registry import load
 
 logger = logging.getLogger(__name__)
@@ -120,6 +120,7 @@ class Worker:
         """
         self._database, self._device = database, device
         self._pulse = Pulse()
+        check_checkpoint_place()
         database.open()
         database.patience_seconds = OUTAGE_SECONDS
         database.cancelled = self._pulse.leaving

@@ -5,22 +5,24 @@
 Names are integers alone. A folder belongs to the lease whose token it bears. Who takes a trial over
 first makes a folder of its own, in one step, with links to the valid files of the newest folder
 before; what the old attempt still writes is in a folder that nobody reads. Contents are bytes with
-a checksum: storage knows nothing of what they mean.
+a checksum: storage knows nothing of what they mean. Symbolic links below the root are not followed.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
-from storage.errors import LeaseLost
+from storage.errors import LeaseLost, StorageError
 from storage.home import home
 
 _MAGIC = b"hpo checkpoint 1\n"
 _DIGEST_BYTES = 32
-_KEPT = 2
+KEPT = 2
 """The newest, and the one before in case the newest is torn."""
 _STOPPED = "stopped"
 """Marks a trial that stopped at a rung: nobody writes here, and it may be taken up again."""
@@ -28,13 +30,56 @@ MOST_STOPPED_BYTES = 10 * 2**30
 """What the stopped trials of a study may keep together."""
 
 
+class Checkpoints(Protocol):
+    """The checkpoints of one attempt at a trial. OSError from any method: no place to keep them."""
+
+    def take_over(self) -> bytes | None:
+        """The newest valid checkpoint of the attempts before, which are cut off from here on.
+
+        Raises LeaseLost if a later attempt has been here already.
+        """
+
+    def save(self, step: int, payload: bytes) -> None:
+        """Keep the state at `step` and the one before it. Raises LeaseLost after a take-over."""
+
+    def stop(self, *, most_bytes: int = MOST_STOPPED_BYTES) -> None:
+        """The trial may be taken up again. Where such trials keep too much, the oldest go."""
+
+    def remove(self) -> None:
+        """The trial has ended for good."""
+
+
+def checkpoint_url() -> str | None:
+    """HPO_CHECKPOINTS where it is an object store (s3://BUCKET/PREFIX), None where a folder.
+
+    Raises StorageError for any other kind of store.
+    """
+    named = os.environ.get("HPO_CHECKPOINTS") or ""
+    scheme, separator, _ = named.partition("://")
+    if not separator or scheme == "file":
+        return None
+    if scheme != "s3":
+        raise StorageError(
+            f"HPO_CHECKPOINTS: no {scheme[:20]!r} stores: give a folder or s3://BUCKET/PREFIX"
+        )
+    return named
+
+
 def checkpoint_root() -> Path:
-    """HPO_CHECKPOINTS (a folder that all workers share), or a folder below HPO_HOME."""
-    return Path(os.environ.get("HPO_CHECKPOINTS") or home() / "checkpoints")
+    """HPO_CHECKPOINTS (a folder that all workers share), or a folder below HPO_HOME.
+
+    Raises StorageError for a file:// without an absolute path.
+    """
+    named = os.environ.get("HPO_CHECKPOINTS") or str(home() / "checkpoints")
+    if named.startswith("file://"):
+        named = named.removeprefix("file://")
+        if not named.startswith("/"):
+            raise StorageError("HPO_CHECKPOINTS names no folder of this machine: file:///FOLDER")
+    return Path(named)
 
 
 class TrialCheckpoints:
-    """The checkpoints of one attempt at a trial. OSError from any method: no place to keep them."""
+    """Checkpoints in a folder that all workers see, as `Checkpoints` has it."""
 
     def __init__(self, root: Path, *, study_key: int, trial_number: int, token: int) -> None:
         self._trial = root / f"{study_key:d}" / f"{trial_number:d}"
@@ -47,6 +92,8 @@ class TrialCheckpoints:
         Raises LeaseLost if a later attempt has been here already.
         """
         self._trial.mkdir(parents=True, exist_ok=True)
+        for folder in (self._trial.parent, self._trial):
+            os.close(_open_folder(folder))
         if any(token > self._token for token in self._tokens()):
             raise LeaseLost("the checkpoints were taken over")
         inherited = self._valid_files()
@@ -70,16 +117,18 @@ class TrialCheckpoints:
             _write(self._own / f"{step:d}.ckpt", payload)
         except FileNotFoundError as error:
             raise LeaseLost("the checkpoints were taken over") from error
-        for _, path in list(_by_step(self._own))[_KEPT:]:
+        for _, path in list(_by_step(self._own))[KEPT:]:
             path.unlink(missing_ok=True)
 
     def stop(self, *, most_bytes: int = MOST_STOPPED_BYTES) -> None:
         """The trial may be taken up again. Where such trials keep too much, the oldest go."""
         for _, path in list(_by_step(self._own))[1:]:
             path.unlink(missing_ok=True)
-        (self._trial / _STOPPED).touch()
+        mark = self._trial / _STOPPED
+        mark.unlink(missing_ok=True)
+        mark.touch(exist_ok=False)
         stopped = sorted(
-            self._trial.parent.glob(f"*/{_STOPPED}"), key=lambda mark: mark.stat().st_mtime_ns
+            self._trial.parent.glob(f"*/{_STOPPED}"), key=lambda mark: mark.lstat().st_mtime_ns
         )
         kept_bytes = [_bytes_below(mark.parent) for mark in stopped]
         for index, mark in enumerate(stopped):
@@ -97,7 +146,10 @@ class TrialCheckpoints:
 
     def _valid_files(self) -> list[tuple[int, bytes]]:
         """(step, payload), newest first, of the newest folder."""
-        tokens = [token for token in self._tokens() if (self._trial / f"{token:d}").is_dir()]
+        folders = {token: self._trial / f"{token:d}" for token in self._tokens()}
+        tokens = [
+            token for token, path in folders.items() if path.is_dir() and not path.is_symlink()
+        ]
         if not tokens:
             return []
         found = []
@@ -105,7 +157,7 @@ class TrialCheckpoints:
             payload = _read(path)
             if payload is not None:
                 found.append((step, payload))
-        return found[:_KEPT]
+        return found[:KEPT]
 
 
 def _bytes_below(folder: Path) -> int:
@@ -124,32 +176,47 @@ def _by_step(folder: Path) -> Iterator[tuple[int, Path]]:
 
 def _write(path: Path, payload: bytes) -> None:
     """All of it or nothing, also when the machine stops here."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = f".{path.name}.partial"
+    folder = _open_folder(path.parent)
     try:
-        with partial.open("wb") as file:
-            file.write(_MAGIC)
-            file.write(hashlib.sha256(payload).digest())
-            file.write(payload)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        with open(os.open(partial, flags, 0o644, dir_fd=folder), "wb") as file:
+            file.write(seal(payload))
             file.flush()
             os.fsync(file.fileno())
-        partial.rename(path)
+        os.rename(partial, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        os.fsync(folder)
     except OSError:
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+            os.unlink(partial, dir_fd=folder)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _open_folder(path: Path) -> int:
+    """A descriptor. Raises OSError if it is a symbolic link, wherever that leads."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "a symbolic link among the checkpoints", str(path))
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
 
 
 def _read(path: Path) -> bytes | None:
     """The payload, or None if the file is not one that we wrote whole."""
     try:
-        content = path.read_bytes()
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            return unseal(file.read())
     except OSError:
         return None
+
+
+def seal(payload: bytes) -> bytes:
+    """With a checksum before it, so that `unseal` knows it."""
+    return _MAGIC + hashlib.sha256(payload).digest() + payload
+
+
+def unseal(content: bytes) -> bytes | None:
+    """The payload, or None if the content is not what `seal` made, whole."""
     if not content.startswith(_MAGIC):
         return None
     digest = content[len(_MAGIC) : len(_MAGIC) + _DIGEST_BYTES]

@@ -55,6 +55,17 @@ CREATE TABLE hpo_workers (
     seen_at timestamptz NOT NULL DEFAULT now()
 );
 
+-- objects that there may be in an object store, where checkpoints are kept in one
+CREATE TABLE hpo_checkpoints (
+    trial_id integer NOT NULL REFERENCES trials ON DELETE CASCADE,
+    token bigint NOT NULL,
+    step integer NOT NULL,
+    num_bytes bigint NOT NULL,
+    -- false: never read again, and to be removed
+    is_kept boolean NOT NULL DEFAULT true,
+    PRIMARY KEY (trial_id, token, step)
+);
+
 -- "which values were reported at this step": the rungs' question at each report
 CREATE INDEX hpo_values_by_step ON trial_intermediate_values (step, trial_id);
 

@@ -16,10 +16,16 @@ import optuna
 from optuna.trial import TrialState
 from sqlalchemy import Connection, text
 
+from storage.checkpoints import Checkpoints, TrialCheckpoints, checkpoint_root, checkpoint_url
 from storage.database import Database, Result
 from storage.errors import LeaseLost, StorageError, StudyNotFound
 from storage.leases import Fence, Lease
+from storage.object_checkpoints import ObjectCheckpoints
+from storage.object_store import ObjectStore
 from storage.schema import optuna_storage
+
+LONGEST_REASON = 500
+"""Characters of a reason that stay with a trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +118,15 @@ def count_test_opening(database: Database, study_id: int) -> int:
     return int(_execute(database, _OPEN_TEST, {"study": study_id}))
 
 
+def check_checkpoint_place() -> None:
+    """Raises StorageError if HPO_CHECKPOINTS names nothing that can keep checkpoints."""
+    url = checkpoint_url()
+    if url is None:
+        checkpoint_root()
+    else:
+        ObjectStore.of(url)
+
+
 class OpenStudy:
     """An Optuna study whose every write goes through the fence of a lease.
 
@@ -195,6 +210,17 @@ class OpenStudy:
         except optuna.exceptions.UpdateFinishedTrialError as error:
             raise LeaseLost("the trial was ended by somebody else") from error
 
+    def checkpoints(self, lease: Lease, trial_id: int, *, trial_number: int) -> Checkpoints:
+        """Where this attempt keeps them: what HPO_CHECKPOINTS says. Raises StorageError."""
+        key, url = self.record.checkpoint_key, checkpoint_url()
+        if url is None:
+            root = checkpoint_root()
+            return TrialCheckpoints(
+                root, study_key=key, trial_number=trial_number, token=lease.token
+            )
+        store = ObjectStore.of(url)
+        return ObjectCheckpoints(store, self._database, lease, trial_id=trial_id, study_key=key)
+
     def values_at(self, step: int, *, except_trial_id: int) -> list[float]:
         """The values of all other trials of the study that reported at `step`."""
         given = {"study": self.record.study_id, "step": step, "trial": except_trial_id}
@@ -217,7 +243,9 @@ class OpenStudy:
         values = None if value is None else [value]
         if self._database.patiently(lambda: _ended_as(self._database, lease, state)):
             return
-        self.write(lease, lambda: storage.set_trial_user_attr(trial_id, "reason", reason))
+        self.write(
+            lease, lambda: storage.set_trial_user_attr(trial_id, "reason", reason[:LONGEST_REASON])
+        )
         try:
             self._fenced(
                 lambda: self._fence.ending(lease),

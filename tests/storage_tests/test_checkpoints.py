@@ -140,3 +140,44 @@ def test_a_root_that_can_not_be_written_is_an_os_error(tmp_path: Path) -> None:
     file.write_text("")
     with pytest.raises(OSError, match="Not a directory"):
         attempt(file, 1).take_over()
+
+
+@pytest.mark.parametrize("place", ["7", "7/3"])
+def test_a_folder_that_is_a_link_is_no_place_for_checkpoints(tmp_path: Path, place: str) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (root / place).parent.mkdir(parents=True)
+    (root / place).symlink_to(elsewhere)
+    with pytest.raises(OSError, match="symbolic link"):
+        attempt(root, 1).take_over()
+    assert not list(elsewhere.rglob("*.ckpt"))
+
+
+def test_an_attempts_folder_that_is_a_link_is_neither_read_nor_written(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    begun(elsewhere, 5).save(4, b"foreign")
+    foreign = elsewhere / "7" / "3" / "5"
+    first = begun(root, 1)
+    first.save(4, b"four")
+    (root / "7" / "3" / "2").symlink_to(foreign)
+    second = attempt(root, 2)
+    assert second.take_over() == b"four"
+    with pytest.raises(OSError, match="symbolic link"):
+        second.save(8, b"eight")
+    assert [path.name for path in foreign.iterdir()] == ["4.ckpt"]
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("untouched")
+    root = tmp_path / "root"
+    first = begun(root, 1)
+    own = root / "7" / "3" / "1"
+    (own / "4.ckpt").symlink_to(victim)
+    (own / ".8.ckpt.partial").symlink_to(victim)
+    (root / "7" / "3" / "stopped").symlink_to(victim)
+    first.save(4, b"four")
+    with pytest.raises(OSError, match="symbolic links"):
+        first.save(8, b"eight")
+    first.stop()
+    assert victim.read_text() == "untouched"

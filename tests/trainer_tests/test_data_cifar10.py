@@ -12,6 +12,7 @@ import torch
 from torchvision.datasets import CIFAR10
 
 from trainer.config import DataError
+from trainer.data.cifar10 import _unpack
 from trainer.data.registry import load
 
 _NAMES = ["airplane", "automobile", "bird"]
@@ -119,3 +120,24 @@ def test_a_batch_with_another_checksum_is_never_unpickled(data_root: Path) -> No
     with pytest.raises(DataError, match="cifar10"):
         load("cifar10", seed=0)
     assert not witness.exists()
+
+
+def test_a_hostile_archive_leaves_plain_files_in_its_one_folder_alone(tmp_path: Path) -> None:
+    archive, unpacked = tmp_path / "archive.tar", tmp_path / "in" / CIFAR10.base_folder
+    unpacked.parent.mkdir()
+    folder = unpacked.name
+    witness = tmp_path / "witness"
+    with tarfile.open(archive, "w") as tar:
+        names = ("../up", f"{folder}/../../up", str(tmp_path / "absolute"), f"{folder}/sub/deep")
+        for name in (*names, f"{folder}/.."):
+            tar.addfile(tarfile.TarInfo(name))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+            member = tarfile.TarInfo(f"{folder}/of-type-{kind.decode()}")
+            member.type, member.linkname = kind, str(witness)
+            tar.addfile(member)
+        tar.addfile(tarfile.TarInfo(f"{folder}/good"))
+    _unpack(archive, unpacked)
+    assert [path.name for path in unpacked.iterdir()] == ["good"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
+        ["archive.tar", "in", folder, "good"]
+    )
