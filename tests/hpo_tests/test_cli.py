@@ -14,7 +14,8 @@ from tests.parts import PASSWORD, Hpo, TcpPostgres, free_port
 
 _COMMANDS = {
     "launch": {
-        "--study", "--data", "--trials", "--epochs", "--workers", "--devices", "--space",
+        "--study", "--data", "--image-size", "--max-broken", "--max-memory", "--trials",
+        "--epochs", "--workers", "--devices", "--space",
         "--backbone", "--seed", "--timeout", "--detach", "--storage", "--json",
     },
     "worker": {"--study", "--device", "--storage"},

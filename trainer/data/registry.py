@@ -34,8 +34,8 @@ def load(
     or exists). Raises DataError, one line, if the source is unknown or its data can't be used;
     ConfigError if an option is given that the source can't heed.
     """
-    name = source_name(source)
     try:
+        name = source_name(source)
         if source in SOURCES:
             return SOURCES[source](seed, options, progress)
         return _load_path(Path(settled_source(source)), name, seed, options, progress)
