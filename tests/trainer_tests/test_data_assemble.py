@@ -1,6 +1,7 @@
 """Pictures become a data set: what is broken is left out, what is there twice stays together."""
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -207,6 +208,24 @@ def test_what_the_users_own_test_part_holds_is_not_trained_on(
     assert "8 pictures are not trained on" in caplog.text
     assert sizes(data) == sizes(before) == [64, 16, 40]
     assert data.fingerprint == before.fingerprint
+
+
+def test_a_class_that_the_users_own_test_part_does_not_hold_is_told(
+    parts: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(parts / "test" / "dogs")
+    with caplog.at_level(logging.WARNING):
+        load(str(parts), seed=0)
+    assert "no pictures of dogs in test" in caplog.text
+
+
+def test_a_full_disk_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    message = refusal(folder)
+    assert "is full: make room there, or set HPO_HOME" in message
 
 
 def test_a_train_part_that_is_the_test_part_too_is_refused(parts: Path) -> None:

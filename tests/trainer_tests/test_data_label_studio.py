@@ -148,6 +148,14 @@ def test_what_is_no_json_is_one_line(tmp_path: Path) -> None:
     assert "x.json: no JSON" in _refusal(tmp_path / "x.json")
 
 
+@pytest.mark.parametrize("annotations", [None, 3, [None], [{}], [{"result": [3]}]])
+def test_a_task_that_label_studio_would_not_write_is_named(
+    tmp_path: Path, tasks: list[dict[str, Any]], annotations: Any
+) -> None:
+    tasks[7]["annotations"] = annotations
+    assert "task 7: not as Label Studio exports it" in _refusal(_export(tmp_path, tasks))
+
+
 def test_answers_to_several_questions_are_refused(
     tmp_path: Path, tasks: list[dict[str, Any]]
 ) -> None:

@@ -108,7 +108,7 @@ def test_another_seed_or_size_decodes_again_but_looks_no_more(
     assert len(decoded) == 32
 
 
-@pytest.mark.parametrize("content", [b"", b"{torn", b'{"version": "0", "files": {}}'])
+@pytest.mark.parametrize("content", [b"", b"{torn", b"[]", b'{"version": "0", "files": {}}'])
 def test_an_index_that_can_not_be_used_is_written_anew(
     folder: Path, cache: Path, decoded: list[Path], content: bytes
 ) -> None:

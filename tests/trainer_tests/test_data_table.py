@@ -83,7 +83,7 @@ def test_a_tables_own_splits_are_used_as_they_are(tmp_path: Path, names: list[st
 
 
 def test_names_with_commas_and_line_breaks_are_quoted(tmp_path: Path, names: list[str]) -> None:
-    odd = 'my pictures/a, "b"\nч.png'
+    odd = 'my pictures/a, "b"\nч\u2028.png'
     (tmp_path / names[0]).rename(tmp_path / odd)
     names[0] = odd
     lines = []

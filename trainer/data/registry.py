@@ -73,8 +73,12 @@ def _is_path(source: str) -> bool:
         return False
     separators = [separator for separator in (os.sep, os.altsep) if separator]
     path = Path(source)
-    is_listing = path.suffix.lower() in LISTINGS
-    return is_listing or any(s in source for s in separators) or path.exists() or has_note(path)
+    if path.suffix.lower() in LISTINGS or any(s in source for s in separators):
+        return True
+    try:
+        return path.exists() or has_note(path)
+    except OSError:  # too long a name for a file
+        return False
 
 
 def _load_path(
