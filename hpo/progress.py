@@ -127,7 +127,8 @@ def reading_bar(stream: TextIO) -> Iterator[Progress]:
     try:
         yield tell
     finally:
-        bar.stop()
+        if tasks:
+            bar.stop()
 
 
 def params_text(trial: TrialSnapshot) -> str:

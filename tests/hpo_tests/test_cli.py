@@ -13,9 +13,9 @@ from tests.parts import PASSWORD, Hpo, TcpPostgres, free_port
 
 _COMMANDS = {
     "launch": {
-        "--study", "--data", "--image-size", "--max-broken", "--max-memory", "--trials", "--epochs", "--workers", "--devices", "--space",
-        "--backbone", "--seed", "--timeout", "--max-params", "--max-megabytes", "--max-latency-ms",
-        "--detach", "--storage", "--json",
+        "--study", "--data", "--image-size", "--max-broken", "--max-memory", "--trials",
+        "--epochs", "--workers", "--devices", "--space", "--backbone", "--seed", "--timeout",
+        "--max-params", "--max-megabytes", "--max-latency-ms", "--detach", "--storage", "--json",
     },
     "worker": {"--study", "--device", "--storage"},
     "status": {"--study", "--watch", "--storage", "--json"},

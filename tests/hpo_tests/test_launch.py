@@ -1,11 +1,13 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hpo.errors import UsageError
-from hpo.launch import LaunchOptions, parse_duration
+from hpo.launch import LaunchOptions, parse_bytes, parse_duration
 from hpo.space import Range
 from hpo.watch import last_line
+from trainer.config import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -19,6 +21,27 @@ def test_a_duration_is_read(text: str, seconds: float) -> None:
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--timeout takes a time above 0"):
         parse_duration("--timeout", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("2G", 2 << 30), ("500M", 500 << 20), (" 64K", 65_536), ("7", 7)]
+)
+def test_a_size_is_read(text: str, num_bytes: int) -> None:
+    assert parse_bytes("--max-memory", text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "2GB", "-1M", "1.5G", "many", "9" * 20])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--max-memory takes a size like 500M"):
+        parse_bytes("--max-memory", text)
+
+
+@pytest.mark.parametrize(
+    "options", [{"image_size": 0}, {"max_broken": 2.0}, {"max_memory_bytes": 10}]
+)
+def test_data_options_that_can_not_be_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="--"):
+        LaunchOptions(**options)
 
 
 def test_flags_go_before_the_space_file(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 from hpo.errors import UsageError
 from hpo.space import SearchSpace
 from hpo.spec import StudySpec, check_study_name
+from trainer.data.options import DataOptions
 
 SPEC = StudySpec(
     data="digits",
@@ -13,11 +14,18 @@ SPEC = StudySpec(
     space=SearchSpace.from_json({"lr": {"low": 1e-3, "high": 1e-1}, "epochs": 3}),
     seed=0,
     first_rung=4,
+    data_options=DataOptions(image_size=64, max_broken=0.05, max_memory_bytes=2**30),
 )
 
 
 def test_a_spec_is_the_same_after_a_journey_as_json() -> None:
     assert StudySpec.from_json(json.loads(json.dumps(SPEC.to_json()))) == SPEC
+
+
+def test_a_spec_without_data_options_has_the_usual_ones() -> None:
+    values = SPEC.to_json()
+    del values["data_options"]
+    assert StudySpec.from_json(values).data_options == DataOptions()
 
 
 @pytest.mark.parametrize("part", ["hpo", "optuna", "spec"])
@@ -37,6 +45,9 @@ def test_only_given_options_are_compared() -> None:
     assert SPEC.differences({"data": "cifar10", "epochs": 4}) == [
         "data is 'digits' there and 'cifar10' here",
         "epochs is 3 there and 4 here",
+    ]
+    assert SPEC.differences({"image_size": 32, "max_broken": 0.05}) == [
+        "image_size is 64 there and 32 here"
     ]
 
 

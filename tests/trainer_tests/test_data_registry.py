@@ -51,6 +51,12 @@ def test_an_unknown_source_lists_the_names_and_the_nearest() -> None:
     assert all(name in message for name in SOURCES)
 
 
+def test_a_name_that_no_file_can_have_is_an_unknown_source() -> None:
+    for source in ("x" * 300, "a\0b"):
+        with pytest.raises(DataError, match="unknown data set"):
+            settled_source(source)
+
+
 def test_a_study_is_named_after_its_source() -> None:
     assert source_name("digits") == "digits"
     assert source_name("some/where/My photos (2)/") == "My-photos-2"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.config import DataError
-from trainer.data.cache import held_folder
+from trainer.data.cache import full_disks_told, held_folder
 from trainer.data.dataset import ImageDataset, Split
 from trainer.data.decoding import Task, decode, decoders
 from trainer.data.findings import Findings, Unusable, one_line
@@ -60,7 +60,10 @@ def load_pictures(
     """
     paths = [picture.path for pictures in listing.parts.values() for picture in pictures]
     test_paths = {picture.path for picture in listing.parts.get("test", ())}
-    with surveyed(listing.source, paths, test_paths, options, progress) as survey:
+    with (
+        full_disks_told(),
+        surveyed(listing.source, paths, test_paths, options, progress) as survey,
+    ):
         findings, parts = _sort_out(listing, survey.seen, options)
         findings.log(name)
         identity, parts = _identify(parts, listing.class_names)
@@ -77,7 +80,7 @@ def load_pictures(
         images = _images([*train, *val], survey, options, progress)
 
     def open_test() -> Split:
-        with decoders() as working:
+        with full_disks_told(), decoders() as working:
             later = Survey(seen={}, input_size=survey.input_size, decoders=working)
             return Split(_images(test, later, options, progress), _labels(test))
 
@@ -135,6 +138,11 @@ def _sort_out(
             tuple(str(p.path) for p in group)
             for group in duplicates
             if len({p.label for p in group}) > 1
+        ),
+        absences=tuple(
+            f"{listing.class_names[label]} in {part}"
+            for part, pictures in parts.items()
+            for label in sorted(set(range(len(counts))) - {p.label for p in pictures})
         ),
         class_counts=dict(zip(listing.class_names, counts.tolist(), strict=True)),
     )

@@ -7,6 +7,7 @@ holds.
 """
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -69,6 +70,20 @@ def kept_folder(name: str) -> Path:
     path.mkdir(exist_ok=True)
     os.utime(path)
     return path
+
+
+@contextlib.contextmanager
+def full_disks_told() -> Iterator[None]:
+    """A disk that is full while the cache is written to becomes a DataError with the way out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(
+            f"the disk of the cache {cache_root()} is full: make room there, or set HPO_HOME to "
+            "a folder on another disk"
+        ) from error
 
 
 @contextlib.contextmanager

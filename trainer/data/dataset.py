@@ -15,7 +15,7 @@ from trainer.data.findings import NOTHING_FOUND, Findings
 from trainer.data.mapped import join
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_COUNTED_BYTES = 2**24
+_COUNTED_BYTES = 2**22
 """Of images, at once."""
 
 

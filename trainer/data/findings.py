@@ -37,6 +37,8 @@ class Findings:
     """Left out of training or validation, for a part that is kept apart holds them too."""
     contradictions: tuple[tuple[str, ...], ...] = ()
     """Those groups of duplicates whose pictures have different labels."""
+    absences: tuple[str, ...] = ()
+    """Classes of which a part that the source has holds no usable picture, and that part."""
     class_counts: Mapping[str, int] = field(default_factory=dict)
     """Usable pictures of each class, of all parts."""
 
@@ -65,6 +67,8 @@ class Findings:
                 len(self.removed),
                 ", ".join(one_line(path) for path in self.removed[:3]),
             )
+        if self.absences:
+            _log.warning("%s: no pictures of %s", name, one_line(", ".join(self.absences[:10])))
         if self.contradictions:
             first = " = ".join(one_line(path) for path in self.contradictions[0][:3])
             _log.warning(

@@ -35,8 +35,11 @@ def list_export(export: Path) -> Listing:
     unusable: list[Unusable] = []
     num_unlabelled = 0
     for task in tasks:
-        where = f"{one_line(export)} task {task.get('id', '?')}"
-        labels = _labels(task, where)
+        where = f"{one_line(export)} task {one_line(task.get('id', '?'))}"
+        try:
+            labels = _labels(task, where)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise DataError(f"{where}: not as Label Studio exports it ({error!r})") from error
         reference = _reference(task, where)
         path = _find(export.parent, reference)
         if not labels:

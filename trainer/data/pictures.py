@@ -24,8 +24,8 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _GRAY_MODES = ("1", "L", "LA", "La", "I")
 
 
-_DRAFT_SIDE = 448
-"""Pixels of the shorter side below which a JPEG decoder skips no detail."""
+_LARGE_SIDE = 512
+"""Pixels of the shorter side from which on a JPEG decoder may skip detail."""
 THUMBNAIL_SIDE = 32
 
 
@@ -66,7 +66,7 @@ def read_picture(path: Path, *, input_size: tuple[int, int, int]) -> NDArray[np.
     million pixels that PIL's guard against decompression bombs lets pass.
     """
     with _opened(path) as image:
-        return _scale(_decode(image, _draft_side(input_size)), input_size)
+        return _scale(_decode(image, _skipped_side(input_size)), input_size)
 
 
 def decode_picture(path: Path, *, input_size: tuple[int, int, int]) -> DecodedPicture:
@@ -74,29 +74,30 @@ def decode_picture(path: Path, *, input_size: tuple[int, int, int]) -> DecodedPi
     if not path.is_file():
         raise DataError(f"{one_line(path)}: no such picture file")
     content = path.read_bytes()
-    draft_side = _draft_side(input_size)
     with _opened(path, content) as image:
-        flat = _decode(image, draft_side)
+        is_large = min(image.size) >= _LARGE_SIDE
+        flat = _decode(image, _skipped_side(input_size))
         pixels = _scale(flat, input_size)
-        is_drafted = image.format == "JPEG" and draft_side != _DRAFT_SIDE
-    if is_drafted:
+        skipped_detail = image.format == "JPEG" and is_large
+    if skipped_detail:  # again, small: the thumbnail must not depend on the size asked for
         with _opened(path, content) as image:
-            flat = _decode(image, _DRAFT_SIDE)
+            flat = _decode(image, 2 * THUMBNAIL_SIDE)
     return DecodedPicture(
         sha256=hashlib.sha256(content).hexdigest(), pixels=pixels, thumbnail=_thumbnail(flat)
     )
 
 
-def _draft_side(input_size: tuple[int, int, int]) -> int:
+def _skipped_side(input_size: tuple[int, int, int]) -> int:
     """The side down to which a JPEG decoder may skip detail: twice what is needed."""
     channels, height, width = input_size
     if channels not in (1, 3):
         raise DataError(f"pictures have 1 or 3 channels, not {channels}")
-    return max(_DRAFT_SIDE, 2 * max(height, width))
+    return 2 * max(height, width)
 
 
-def _decode(image: Image.Image, draft_side: int) -> Image.Image:
-    image.draft(None, (draft_side, draft_side))
+def _decode(image: Image.Image, skipped_side: int) -> Image.Image:
+    if min(image.size) >= _LARGE_SIDE:
+        image.draft(None, (skipped_side, skipped_side))
     ImageOps.exif_transpose(image, in_place=True)
     return _flatten(image)
 
@@ -106,7 +107,8 @@ def _scale(flat: Image.Image, input_size: tuple[int, int, int]) -> NDArray[np.ui
     mode = "L" if channels == 1 else "RGB"
     scaled = flat if flat.mode == mode else flat.convert(mode)
     if scaled.size != (width, height):
-        scaled = scaled.resize((width, height), Image.Resampling.BILINEAR)
+        # large pictures are averaged down to three times the size first
+        scaled = scaled.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
     pixels = np.asarray(scaled, dtype=np.uint8).reshape(height, width, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -125,7 +127,7 @@ def _flatten(image: Image.Image) -> Image.Image:
         values: NDArray[Any] = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("it has more than 16 bits a pixel")
-        return Image.fromarray(np.rint(values / 257).astype(np.uint8))
+        return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers")
     if image.has_transparency_data:

@@ -34,8 +34,8 @@ def load(
     or exists). Raises DataError, one line, if the source is unknown or its data can't be used;
     ConfigError if an option is given that the source can't heed.
     """
-    name = source_name(source)
     try:
+        name = source_name(source)
         if source in SOURCES:
             return SOURCES[source](seed, options, progress)
         return _load_path(Path(settled_source(source)), name, seed, options, progress)
@@ -73,13 +73,12 @@ def _is_path(source: str) -> bool:
         return False
     separators = [separator for separator in (os.sep, os.altsep) if separator]
     path = Path(source)
-    is_listing = path.suffix.lower() in LISTINGS
-    return (
-        is_listing
-        or any(s in source for s in separators)
-        or os.path.exists(source)
-        or has_note(path)
-    )
+    if path.suffix.lower() in LISTINGS or any(s in source for s in separators):
+        return True
+    try:
+        return path.exists() or has_note(path)
+    except OSError:  # too long a name for a file
+        return False
 
 
 def _load_path(

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -56,6 +57,8 @@ def fetch(name: str, download: Callable[[Path], Path], target: str, way_out: str
             files = sorted(download(Path(folder)).iterdir())
             (root / target).mkdir(parents=True, exist_ok=True)
             for file in files:
+                if file.is_dir():  # what another attempt left there
+                    shutil.rmtree(root / target / file.name, ignore_errors=True)
                 os.replace(file, root / target / file.name)
     except Exception as error:  # urllib, tarfile and torchvision have a dozen kinds
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -6,6 +6,7 @@ middle) have near hashes. So a near hash makes two pictures candidates, and thei
 decide.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -30,11 +31,18 @@ def perceptual_hash(thumbnail: NDArray[np.uint8]) -> int:
     thumbnail: (32,32), gray. A bit says whether one of the 8 x 8 lowest frequencies of the
     cosine transform is above their median.
     """
-    steps = np.arange(THUMBNAIL_SIDE)
-    cosines = np.cos(np.pi / THUMBNAIL_SIDE * np.outer(np.arange(8), steps + 0.5))
+    cosines = _cosines()
     low = (cosines @ thumbnail.astype(np.float64) @ cosines.T).ravel()
     bits = low > np.median(low[1:])
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+@functools.cache
+def _cosines() -> NDArray[np.float64]:
+    """(8,32): the lowest frequencies of the cosine transform."""
+    steps = np.arange(THUMBNAIL_SIDE) + 0.5
+    waves: NDArray[np.float64] = np.cos(np.pi / THUMBNAIL_SIDE * np.outer(np.arange(8), steps))
+    return waves
 
 
 def small_thumbnail(thumbnail: NDArray[np.uint8]) -> bytes:

@@ -140,7 +140,7 @@ def _read_index(folder: Path, stats: Mapping[Path, _Stat]) -> dict[Path, Seen]:
         index = json.loads((folder / _INDEX).read_bytes())
     except (OSError, ValueError):
         return {}
-    if index["version"] != _VERSION:
+    if not isinstance(index, dict) or index.get("version") != _VERSION:
         return {}
     known = {}
     for path, stat in stats.items():

@@ -1,6 +1,7 @@
 """A table of pictures: FILE.csv with the columns path, label and, if wanted, split."""
 
 import csv
+import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def _read(table: Path) -> list[_Row]:
     header = text.partition("\n")[0]
     delimiter = max(_DELIMITERS, key=header.count)
     try:
-        lines = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         cells = [(lines.line_num, [cell.strip() for cell in line]) for line in lines]
     except csv.Error as error:
         raise DataError(f"{shown}: line {lines.line_num} can't be read: {error}") from error
