@@ -111,6 +111,7 @@ def launch(
     from hpo.executors.local import warm_up
     from hpo.limits import Limits
     from hpo.progress import reading_bar
+    from hpo.quantities import parse_bytes, parse_duration
     from hpo.status import how_to_go_on, launch_command, status_json
 
     options = launching.LaunchOptions(
@@ -118,9 +119,7 @@ def launch(
         data=data,
         image_size=image_size,
         max_broken=max_broken,
-        max_memory_bytes=(
-            None if max_memory is None else launching.parse_bytes("--max-memory", max_memory)
-        ),
+        max_memory_bytes=(None if max_memory is None else parse_bytes("--max-memory", max_memory)),
         trials=trials,
         epochs=epochs,
         space=space,
@@ -128,9 +127,7 @@ def launch(
         seed=seed,
         workers=workers,
         devices=devices,
-        timeout_seconds=(
-            None if timeout is None else launching.parse_duration("--timeout", timeout)
-        ),
+        timeout_seconds=(None if timeout is None else parse_duration("--timeout", timeout)),
         limits=Limits(
             max_params=max_params, max_megabytes=max_megabytes, max_latency_ms=max_latency_ms
         ),
@@ -359,6 +356,51 @@ def replay(
 
 
 @app.command()
+def doctor(
+    data: Annotated[
+        str | None, typer.Option(metavar="NAME|PATH", help="As for launch.  [default: digits]")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="As for launch.")] = None,
+    max_broken: Annotated[float | None, typer.Option(help="As for launch.")] = None,
+    trials: Annotated[int | None, typer.Option(help="To forecast.  [default: 50]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="As for launch.")] = None,
+    workers: Annotated[str, typer.Option(metavar="N|auto", help="As for launch.")] = "auto",
+    devices: Annotated[
+        str | None, typer.Option(metavar="cuda:0,...", help="As for launch.")
+    ] = None,
+    space: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="As for launch.")] = None,
+    backbone: Annotated[str | None, typer.Option(metavar="A,B", help="As for launch.")] = None,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """Before a night is spent: look at database, hardware, data and space; forecast the end."""
+    from hpo.doctor import examine
+    from hpo.launch import LaunchOptions
+    from hpo.progress import reading_bar
+
+    options = LaunchOptions(
+        data=data,
+        image_size=image_size,
+        max_broken=max_broken,
+        trials=trials,
+        epochs=epochs,
+        workers=workers,
+        devices=devices,
+        space=space,
+        backbones=backbone,
+    )
+    found = []
+    with reading_bar(sys.stderr) as progress:
+        for finding in examine(lambda: _opened(storage), options, progress):
+            found.append(finding)
+            if not as_json:
+                typer.echo(f"{finding.level:8s} {finding.about}: {finding.text}")
+    if as_json:
+        _print_json([finding.to_json() for finding in found])
+    raise typer.Exit(next((f.code for f in found if f.level == "problem"), ExitCode.DONE))
+
+
+@app.command()
 def predict(
     export_dir: Annotated[Path, typer.Argument(metavar="EXPORT_DIR")],
     images: Annotated[
@@ -391,11 +433,16 @@ def _database(storage: str | None) -> Any:
     return Database(storage)
 
 
+def _opened(storage: str | None) -> Any:
+    database = _database(storage)
+    database.open()
+    return database
+
+
 def _open(storage: str | None) -> Any:
     from storage.schema import ensure_tables
 
-    database = _database(storage)
-    database.open()
+    database = _opened(storage)
     ensure_tables(database)
     return database
 

@@ -3,19 +3,18 @@
 import dataclasses
 import logging
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import UsageError
 from hpo.executors.local import LocalExecutor, num_cores, worker_devices
 from hpo.limits import Limits
-from hpo.rungs import first_rung
-from hpo.space import SearchSpace, default_space, read_space
+from hpo.settle import check_backbones, settle
+from hpo.space import SearchSpace, read_space
 from hpo.spec import StudySpec, check_study_name
 from storage.database import Database
 from storage.errors import StudyNotFound
@@ -27,12 +26,11 @@ from storage.studies import (
     find_study,
     relaunch,
 )
-from trainer.config import ConfigError, TrainConfig
 from trainer.data.options import DataOptions, Progress, no_progress
 from trainer.data.registry import settled_source, source_name
 
 if TYPE_CHECKING:
-    from trainer.data.dataset import ImageDataset
+    pass
 
 logger = logging.getLogger(__name__)
 DEFAULT_BUDGET = 50
@@ -95,11 +93,11 @@ def prepare_study(
     check_checkpoint_place()
     name, data = _name_and_data(database, options)
     fields = options.given_fields()
-    _check_backbones(fields)
+    check_backbones(fields)
     try:
         record = find_study(database, name)
     except StudyNotFound:
-        spec = _new_spec(data, fields, options, progress)
+        spec, _ = settle(data, fields, options, progress)
         budget = options.trials or DEFAULT_BUDGET
         record = create_study(database, name, spec=spec.to_json(), budget=budget)
     spec = StudySpec.from_json(record.spec)
@@ -135,94 +133,6 @@ def _name_and_data(database: Database, options: LaunchOptions) -> tuple[str, str
             pass
     data = settled_source(options.data or "digits")
     return check_study_name(options.study or source_name(data)), data
-
-
-def _check_backbones(fields: Mapping[str, Any]) -> None:
-    from trainer.backbones import BACKBONES
-    from trainer.config import unknown_name
-
-    named = fields.get("backbone", ())
-    for name in named if isinstance(named, tuple) else (named,):
-        if name not in BACKBONES:
-            raise ConfigError(unknown_name("backbone", name, BACKBONES))
-
-
-def _new_spec(
-    data: str, fields: Mapping[str, Any], options: LaunchOptions, progress: Progress
-) -> StudySpec:
-    from trainer.data.registry import load
-    from trainer.device import available_devices
-
-    seed = options.seed or 0
-    data_options = DataOptions(**options.given_data_options())
-    dataset = load(data, seed=seed, options=data_options, progress=progress)
-    space = default_space(
-        input_size=dataset.input_size,
-        num_train=len(dataset.train),
-        flips=dataset.flips,
-        num_cores=num_cores() if available_devices() == ["cpu"] else None,
-    )
-    space = space.replace(**fields)
-    _check_limits(options.limits, space, dataset)
-    return StudySpec(
-        data=data,
-        data_options=data_options,
-        fingerprint=dataset.fingerprint,
-        space=space,
-        seed=seed,
-        limits=options.limits,
-        first_rung=first_rung(
-            num_train=len(dataset.train), largest_batch=int(space.largest("batch_size"))
-        ),
-        lease_seconds=_seconds("HPO_LEASE_SECONDS", StudySpec.lease_seconds),
-        stall_seconds=_seconds("HPO_STALL_SECONDS", StudySpec.stall_seconds),
-    )
-
-
-def _check_limits(limits: Limits, space: SearchSpace, data: "ImageDataset") -> None:
-    """Raises UsageError if no backbone of the space is small enough; latency is for workers."""
-    from trainer.footprint import measure_footprint
-
-    sizes = replace(limits, max_latency_ms=None)
-    if not sizes.given():
-        return
-    complaints = {}
-    for backbone in space.choices("backbone"):
-        footprint = measure_footprint(
-            TrainConfig(backbone=backbone),
-            input_size=data.input_size,
-            num_classes=data.num_classes,
-            device="cpu",
-            times_latency=False,
-        )
-        complaint = sizes.complaint(footprint)
-        if complaint is None:
-            return
-        complaints[backbone] = complaint
-    said = ". ".join(f"{name}: {complaint}" for name, complaint in complaints.items())
-    raise UsageError(f"no backbone of the space keeps the limits. {said}")
-
-
-def _seconds(variable: str, default: float) -> float:
-    text = os.environ.get(variable)
-    return default if text is None else parse_duration(variable, text)
-
-
-def parse_duration(option: str, text: str) -> float:
-    """Seconds of '90s', '30m', '2h' or '90'. Raises UsageError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
-    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
-    if seconds <= 0:
-        raise UsageError(f"{option} takes a time above 0, like 90s, 30m or 2h, got {text!r}")
-    return seconds
-
-
-def parse_bytes(option: str, text: str) -> int:
-    """Bytes of '500M', '2G' or '2000000000', in powers of 1024. Raises UsageError."""
-    match = re.fullmatch(r"(\d{1,15})([KMGT]?)", text.strip())
-    if match is None:
-        raise UsageError(f"{option} takes a size like 500M or 2G, got {text!r}")
-    return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
 
 
 def make_executor(

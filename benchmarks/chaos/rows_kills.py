@@ -32,8 +32,9 @@ def killed_at_random(arena: Arena, long: bool) -> Iterator[Finding]:
     budget, workers, leg_seconds = (200, 8, 0.5) if long else (20, 3, 0.3)
     with arena.stage(FaultPlan(folder="", leg_seconds=leg_seconds)) as stage:
         launcher = stage.launch(trials=budget, workers=workers, epochs=5)
-        repeat(stage.kill_a_worker, every=slowness(), until=launcher, seconds=1200 if long else 300)
-        done = f"{workers} workers, a random one killed each second; simulated training"
+        every = 1.0 if long else slowness()
+        repeat(stage.kill_a_worker, every=every, until=launcher, seconds=1200 if long else 300)
+        done = f"{workers} workers, a random one killed every {every:.1f} s; simulated training"
         finding = audit(stage, "1", done=done, budget=budget, epochs=5)
         finding.check(launcher.code == 0, f"launch ended with {launcher.code}")
         finding.check(stage.num_kills > 5, f"only {stage.num_kills} kills: too short")
