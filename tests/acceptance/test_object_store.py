@@ -14,7 +14,7 @@ from storage.studies import find_studies
 from tests.object_server import BUCKET, SECRET_KEY, running_server, variables
 from tests.parts import Hpo, free_port
 
-TRAINING = ("--backbone", "smallcnn", "--epochs", "30", "--trials", "1", "--workers", "1")
+TRAINING = ("--backbone", "smallcnn", "--epochs", "12", "--trials", "1", "--workers", "1")
 
 
 def study_of(database: Database) -> StudySnapshot | None:
