@@ -26,6 +26,10 @@ _COMMANDS = {
     "best": {
         "--study", "--export", "--out", "--top-k", "--seeds", "--formats", "--storage", "--json",
     },
+    "doctor": {
+        "--data", "--image-size", "--max-broken", "--trials", "--epochs", "--workers", "--devices",
+        "--space", "--backbone", "--storage", "--json",
+    },
     "replay": {"--trial", "--study", "--epochs", "--storage", "--json"},
     "predict": {"--format", "--json"},
 }  # fmt: skip
