@@ -102,10 +102,10 @@ class Watch:
         lived = time.monotonic() - worker.started_at
         self._deaths_in_a_row = 1 if lived > 60 else self._deaths_in_a_row + 1
         ended = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-        if (
-            self._deaths_in_a_row > max(_MOST_DEATHS_IN_A_ROW, 2 * self.executor.num_workers)
-            and code > 0
-        ):
+        # one that a signal asked to leave or killed could have worked
+        failed = code > 0 and code != ExitCode.INTERRUPTED
+        most = max(_MOST_DEATHS_IN_A_ROW, 2 * self.executor.num_workers)
+        if failed and self._deaths_in_a_row > most:
             raise WorkersDie(f"workers end {ended}: {last_line(worker.log)} (see {worker.log})")
         logger.warning("worker %s ended %s: starting another", worker.id, ended)
         self._workers.append(self.executor.start(worker.index))
