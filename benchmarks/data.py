@@ -31,6 +31,8 @@ NUM_CLASSES = 10
 BROKEN_SHARE = 30 / 5000
 SIDE = 160
 MEMORY_LIMIT = 64 * 2**20
+ROUNDS = 3
+"""Of the reading; the fastest of each counts."""
 
 
 def make_folder(folder: Path, num_pictures: int, seed: int = 0) -> int:
@@ -165,14 +167,18 @@ def read_torchvision(folder: Path, num_workers: int) -> float:
 def measure_reading(num_pictures: int) -> dict[str, Any]:
     """Images per second, ours beside torchvision's, and what the second launch takes."""
     with tempfile.TemporaryDirectory(prefix="hpo-bench-") as below:
-        os.environ["HPO_HOME"] = str(Path(below) / "home")
         folder = Path(below) / "pictures"
         num_broken = make_folder(folder, num_pictures)
-        read_torchvision(folder, 0)  # so that the files are in the kernel's cache for all
-        first = read_ours(folder)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            one, two = read_torchvision(folder, 0), read_torchvision(folder, 2)
+        firsts, ones, twos = [], [], []
+        for number in range(ROUNDS):  # in turn, for the machine may be shared
+            os.environ["HPO_HOME"] = str(Path(below) / f"home-{number}")
+            firsts.append(read_ours(folder))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                twos.append(read_torchvision(folder, 2))
+                ones.append(read_torchvision(folder, 0))
+        first = min(firsts, key=lambda result: float(result["seconds"]))
+        one, two = min(ones), min(twos)
         second = read_ours(folder)
         limited = read_ours(folder, MEMORY_LIMIT)
     assert first["broken"] == num_broken
@@ -186,6 +192,11 @@ def measure_reading(num_pictures: int) -> dict[str, Any]:
         "broken": num_broken,
         "side": SIDE,
         "images_per_second": {name: round(rate) for name, rate in rates.items()},
+        "seconds_of_the_rounds": {
+            "ours": [result["seconds"] for result in firsts],
+            "imagefolder_1_process": [round(seconds, 1) for seconds in ones],
+            "imagefolder_2_workers": [round(seconds, 1) for seconds in twos],
+        },
         "ratio_to_1_process": round(rates["ours"] / rates["imagefolder_1_process"], 2),
         "ratio_to_2_workers": round(rates["ours"] / rates["imagefolder_2_workers"], 2),
         "first": first,

@@ -111,7 +111,7 @@ def reading_bar(stream: TextIO) -> Iterator[Progress]:
     columns = (TextColumn("reading {task.description}"), BarColumn(), MofNCompleteColumn())
     bar = Bar(*columns, TimeRemainingColumn(), console=console, transient=True)
     tasks: dict[str, TaskID] = {}
-    last_line = time.monotonic()
+    last_line: float | None = None
 
     def tell(what: str, num_done: int, num_all: int) -> None:
         nonlocal last_line
@@ -120,6 +120,8 @@ def reading_bar(stream: TextIO) -> Iterator[Progress]:
                 bar.start()
                 tasks[what] = bar.add_task(what)
             bar.update(tasks[what], completed=num_done, total=num_all)
+        elif last_line is None:
+            last_line = time.monotonic()
         elif time.monotonic() - last_line >= LINE_SECONDS:
             last_line = time.monotonic()
             console.print(f"reading {what}: {num_done:,} of {num_all:,}", highlight=False)

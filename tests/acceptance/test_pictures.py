@@ -27,7 +27,20 @@ def folder(tmp_path: Path) -> Path:
 
 def test_data_options_stay_with_the_study_and_reach_its_workers(hpo: Hpo, folder: Path) -> None:
     usual = ("launch", "--data", str(folder), "--trials", "1", "--epochs", "1", "--workers", "1")
-    done = hpo.run(*usual)
+    options = ("--image-size", "16", "--max-broken", "0.02", "--max-memory", "1M")
+    done = hpo.run(*usual, "--backbone", "smallcnn", *options, "--json")
+    assert done.returncode == 0, done.stderr
+    assert f"left out: {folder}/owl/0.png" in done.stderr
+    status = json.loads(done.stdout)
+    assert (status["study"], status["complete"]) == ("my-birds", 1)
+    (cached,) = (hpo.home / "cache").glob("images-*/images")
+    assert cached.stat().st_size == (37 + 10) * 3 * 16 * 16
+
+    done = hpo.run("launch", "--data", str(folder), "--image-size", "32")
+    assert done.returncode == 2
+    assert "image_size is 16 there and 32 here" in done.stderr
+
+    done = hpo.run("launch", "--data", str(folder), "--study", "other")
     assert done.returncode == 5
     assert (
         done.stderr.strip()
@@ -37,14 +50,3 @@ def test_data_options_stay_with_the_study_and_reach_its_workers(hpo: Hpo, folder
             "--max-broken lets pass"
         )
     )
-    options = ("--image-size", "16", "--max-broken", "0.02", "--max-memory", "1M")
-    done = hpo.run(*usual, "--backbone", "smallcnn", *options, "--json")
-    assert done.returncode == 0, done.stderr
-    assert f"left out: {folder}/owl/0.png" in done.stderr
-    status = json.loads(done.stdout)
-    assert (status["study"], status["complete"]) == ("my-birds", 1)
-    done = hpo.run("launch", "--data", str(folder), "--image-size", "32")
-    assert done.returncode == 2
-    assert "image_size is 16 there and 32 here" in done.stderr
-    (cached,) = (hpo.home / "cache").glob("images-*/images")
-    assert cached.stat().st_size == (37 + 10) * 3 * 16 * 16

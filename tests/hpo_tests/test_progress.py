@@ -39,7 +39,8 @@ def test_without_a_terminal_lines_come_now_and_then(monkeypatch: pytest.MonkeyPa
     assert stream.getvalue() == ""
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     with reading_bar(stream) as tell:
-        tell("pictures", 1234, 5000)
+        for number in (1233, 1234):
+            tell("pictures", number, 5000)
     assert stream.getvalue() == "reading pictures: 1,234 of 5,000\n"
 
 

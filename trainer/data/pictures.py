@@ -24,8 +24,8 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _GRAY_MODES = ("1", "L", "LA", "La", "I")
 
 
-_LARGE_SIDE = 512
-"""Pixels of the shorter side from which on a JPEG decoder may skip detail."""
+_KEPT_SIDE = 448
+"""Pixels of the shorter side down to which a JPEG decoder skips detail, or more if wanted."""
 THUMBNAIL_SIDE = 32
 
 
@@ -66,7 +66,7 @@ def read_picture(path: Path, *, input_size: tuple[int, int, int]) -> NDArray[np.
     million pixels that PIL's guard against decompression bombs lets pass.
     """
     with _opened(path) as image:
-        return _scale(_decode(image, _skipped_side(input_size)), input_size)
+        return _scale(_decode(image, _kept_side(input_size)), input_size)
 
 
 def decode_picture(path: Path, *, input_size: tuple[int, int, int]) -> DecodedPicture:
@@ -75,29 +75,28 @@ def decode_picture(path: Path, *, input_size: tuple[int, int, int]) -> DecodedPi
         raise DataError(f"{one_line(path)}: no such picture file")
     content = path.read_bytes()
     with _opened(path, content) as image:
-        is_large = min(image.size) >= _LARGE_SIDE
-        flat = _decode(image, _skipped_side(input_size))
+        flat = _decode(image, _kept_side(input_size))
         pixels = _scale(flat, input_size)
-        skipped_detail = image.format == "JPEG" and is_large
-    if skipped_detail:  # again, small: the thumbnail must not depend on the size asked for
+        is_jpeg = image.format == "JPEG"
+    if is_jpeg and _kept_side(input_size) > _KEPT_SIDE:
+        # again, smaller: the thumbnail must not depend on the size that is asked for
         with _opened(path, content) as image:
-            flat = _decode(image, 2 * THUMBNAIL_SIDE)
+            flat = _decode(image, _KEPT_SIDE)
     return DecodedPicture(
         sha256=hashlib.sha256(content).hexdigest(), pixels=pixels, thumbnail=_thumbnail(flat)
     )
 
 
-def _skipped_side(input_size: tuple[int, int, int]) -> int:
-    """The side down to which a JPEG decoder may skip detail: twice what is needed."""
+def _kept_side(input_size: tuple[int, int, int]) -> int:
+    """The side down to which a JPEG decoder may skip detail: twice what is needed, or more."""
     channels, height, width = input_size
     if channels not in (1, 3):
         raise DataError(f"pictures have 1 or 3 channels, not {channels}")
-    return 2 * max(height, width)
+    return max(_KEPT_SIDE, 2 * max(height, width))
 
 
-def _decode(image: Image.Image, skipped_side: int) -> Image.Image:
-    if min(image.size) >= _LARGE_SIDE:
-        image.draft(None, (skipped_side, skipped_side))
+def _decode(image: Image.Image, kept_side: int) -> Image.Image:
+    image.draft(None, (kept_side, kept_side))
     ImageOps.exif_transpose(image, in_place=True)
     return _flatten(image)
 
