@@ -69,7 +69,8 @@ def run_study(given: tuple[int, str]) -> dict[str, Any]:
     import torch
 
     from hpo.candidates import plan_recheck
-    from hpo.launch import LaunchOptions, prepare_study
+    from hpo.launch import prepare_study
+    from hpo.options import LaunchOptions
     from hpo.recheck import recheck
     from hpo.worker import Worker
     from storage.database import Database

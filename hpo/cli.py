@@ -110,11 +110,12 @@ def launch(
     from hpo import launch as launching
     from hpo.executors.local import warm_up
     from hpo.limits import Limits
+    from hpo.options import LaunchOptions
     from hpo.progress import reading_bar
     from hpo.quantities import parse_bytes, parse_duration
     from hpo.status import how_to_go_on, launch_command, status_json
 
-    options = launching.LaunchOptions(
+    options = LaunchOptions(
         study=study,
         data=data,
         image_size=image_size,
@@ -375,7 +376,7 @@ def doctor(
 ) -> None:
     """Before a night is spent: look at database, hardware, data and space; forecast the end."""
     from hpo.doctor import examine
-    from hpo.launch import LaunchOptions
+    from hpo.options import LaunchOptions
     from hpo.progress import reading_bar
 
     options = LaunchOptions(
@@ -452,11 +453,12 @@ def _watch(
 ) -> Any:
     """What runs a study's workers, in view. command: what to type after an interruption."""
     from hpo import launch as launching
+    from hpo.options import LaunchOptions
     from hpo.progress import ProgressView
     from hpo.watch import Watch
 
     executor = launching.make_executor(
-        record, options or launching.LaunchOptions(), storage_url=storage, command_line=main
+        record, options or LaunchOptions(), storage_url=storage, command_line=main
     )
     num_epochs = int(record.spec["space"]["epochs"])
     return Watch(

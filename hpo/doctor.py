@@ -15,7 +15,8 @@ from sqlalchemy import text
 from hpo.errors import ExitCode, exit_code
 from hpo.executors.local import num_cores, warm_up, worker_devices
 from hpo.forecast import Forecast, Pace, forecast
-from hpo.launch import DEFAULT_BUDGET, LaunchOptions
+from hpo.launch import DEFAULT_BUDGET
+from hpo.options import LaunchOptions
 from hpo.progress import duration
 from hpo.settle import check_backbones, settle
 from hpo.space import Range

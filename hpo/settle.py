@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hpo.errors import UsageError
 from hpo.executors.local import num_cores
 from hpo.limits import Limits
+from hpo.options import LaunchOptions
 from hpo.quantities import parse_duration
 from hpo.rungs import first_rung
 from hpo.space import SearchSpace, default_space
@@ -16,7 +17,6 @@ from trainer.config import ConfigError, TrainConfig
 from trainer.data.options import DataOptions, Progress
 
 if TYPE_CHECKING:
-    from hpo.launch import LaunchOptions
     from trainer.data.dataset import ImageDataset
 
 
@@ -32,7 +32,7 @@ def check_backbones(fields: Mapping[str, Any]) -> None:
 
 
 def settle(
-    data: str, fields: Mapping[str, Any], options: "LaunchOptions", progress: Progress
+    data: str, fields: Mapping[str, Any], options: LaunchOptions, progress: Progress
 ) -> tuple[StudySpec, "ImageDataset"]:
     """The spec of a new study, and the data that it was settled by.
 

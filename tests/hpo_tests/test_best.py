@@ -10,8 +10,9 @@ import pytest
 
 from hpo.best import BestOptions, export_best, known_best
 from hpo.errors import ExitCode, Interrupted, NoTrialError, UsageError
-from hpo.launch import LaunchOptions, prepare_study
+from hpo.launch import prepare_study
 from hpo.limits import Limits
+from hpo.options import LaunchOptions
 from hpo.replay import replay_trial
 from hpo.worker import Worker
 from storage.database import Database

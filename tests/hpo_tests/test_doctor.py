@@ -8,7 +8,7 @@ from PIL import Image
 
 from hpo.doctor import Finding, examine
 from hpo.errors import ExitCode
-from hpo.launch import LaunchOptions
+from hpo.options import LaunchOptions
 from storage.database import Database
 from tests.parts import Hpo, free_port
 from trainer.data.options import no_progress

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from hpo.errors import UsageError
-from hpo.launch import LaunchOptions
+from hpo.options import LaunchOptions
 from hpo.quantities import parse_bytes, parse_duration
 from hpo.space import Range
 from hpo.watch import last_line
