@@ -36,9 +36,28 @@ class ExportSource:
     @cached_property
     def onnx(self) -> bytes:
         """The ONNX file in float32."""
-        from trainer.export.onnx import convert
+        return _to_onnx(self.program, self.example)
 
-        return convert(self.program, self.example)
+
+def _to_onnx(program: ExportedProgram, example: Tensor) -> bytes:
+    """The program as an ONNX model. example: uint8 (N,C,H,W), N >= 2."""
+    found = torch.onnx.export(
+        program,
+        (example,),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=["logits"],
+    )
+    assert found is not None
+    graph = found.model.graph
+    # What torch notes of the program is of no use to a runtime.
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+    for value in (*graph.inputs, *graph.outputs):
+        value.metadata_props.clear()
+    content: bytes = found.model_proto.SerializeToString()
+    return content
 
 
 def export_source(model: ExportModel, train: Split, *, seed: int) -> ExportSource:
