@@ -137,7 +137,7 @@ def plan_recheck(
 
 def _preference(wish: tuple[int, int]) -> tuple[int, int, int, int]:
     k, s = wish
-    return min(k, 2), min(s, 2), k * s, s
+    return min(k, 2), min(s, 2), k * s, k
 
 
 def _fewer(k: int, s: int, top_k: int, num_seeds: int, trials: Sequence[TrialSnapshot]) -> str:

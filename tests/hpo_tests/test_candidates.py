@@ -46,7 +46,7 @@ def planned(num_epochs: int, top_k: int = 3, num_seeds: int = 3) -> tuple[list[i
     ("num_epochs", "expected"),
     [
         (180, ([0, 1, 2], 3)),
-        (179, ([0, 1], 3)),
+        (179, ([0, 1, 2], 2)),
         (119, ([0, 1], 2)),
         (79, ([0, 1, 2], 1)),
         (59, ([0, 1], 1)),
