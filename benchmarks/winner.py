@@ -129,7 +129,7 @@ def _truth(attributes: Mapping[str, Any], data: Any, test: Any, index: int) -> d
         == test.labels
         for name, model in models.items()
     }
-    chance = torch.Generator().manual_seed(index)
+    chance = torch.Generator().manual_seed(config.seed)
     draws = [
         int(hits["none"][torch.randperm(len(test), generator=chance)[:SMALL_TEST]].sum())
         for _ in range(DRAWS)
