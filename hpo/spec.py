@@ -76,7 +76,7 @@ class StudySpec:
         parsed = {
             "space": SearchSpace.from_json(values["space"]),
             "limits": Limits(**values["limits"]),
-            "data_options": DataOptions.from_dict(values["data_options"]),
+            "data_options": DataOptions.from_dict(values.get("data_options", {})),
         }
         return cls(**{**values, **parsed})
 

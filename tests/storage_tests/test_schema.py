@@ -36,5 +36,5 @@ def test_sixteen_processes_that_find_an_empty_database_make_one_schema(empty_url
 def test_tables_of_another_version_are_refused(database: Database) -> None:
     with database.engine.begin() as connection:
         connection.execute(text("UPDATE hpo_schema SET version = 99"))
-    with pytest.raises(StorageError, match="version 99, this program writes 1"):
+    with pytest.raises(StorageError, match=f"version 99, this program writes {VERSION}"):
         ensure_tables(database)

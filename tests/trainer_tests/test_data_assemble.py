@@ -303,8 +303,8 @@ def as_a_user_without_rights(tmp_path: Path) -> Iterator[None]:
     if os.geteuid() != 0:
         yield
         return
-    for path in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        path.chmod(0o711)
+    for path in (tmp_path, *tmp_path.parents):
+        path.chmod(path.stat().st_mode | 0o011)
     (tmp_path / "home").mkdir(mode=0o777, exist_ok=True)
     (tmp_path / "home").chmod(0o777)
     os.seteuid(65534)
