@@ -10,9 +10,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# A file of tests on each core, with one thread: more busy threads than cores are slower. The long
-# ones, which come first, are begun first.
-PYTEST_OPTIONS ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# A file of tests on each core, with one thread: more busy threads than cores are slower.
+PYTEST_OPTIONS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 DEBIAN_PACKAGES := chromium dataset-fashion-mnist
 
 .DELETE_ON_ERROR:
