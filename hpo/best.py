@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.candidates import Candidate, choose, plan_recheck
-from hpo.errors import NoTrialError, UsageError
+from hpo.errors import NoTrialError
 from hpo.executors.local import num_cores
 from hpo.progress import params_text
 from hpo.recheck import RunWorkers, fresh_seed, known_candidates, recheck, runs_of
@@ -118,7 +118,6 @@ def export_best(
     NoTrialError; UsageError if `out` can't be written; DataError if the data has changed; what
     `run_workers` raises.
     """
-    from trainer.data.registry import load
     from trainer.export.folder import export_model
     from trainer.export.formats import DEFAULT_FORMATS, check_formats
     from trainer.export.publish import check_out
@@ -127,9 +126,7 @@ def export_best(
     check_out(options.out)
     study = _study_to_choose_from(database, record)
     spec = StudySpec.from_json(record.spec)
-    data = load(spec.data, seed=spec.seed, options=spec.data_options)
-    if data.fingerprint != spec.fingerprint:
-        raise UsageError(f"{spec.data} has changed since the study was made")
+    data = spec.load_data()
     plan = plan_recheck(study, top_k=options.top_k, num_seeds=options.num_seeds, epochs=spec.epochs)
     notes = [*_notes(study), *([plan.note] if plan.note else [])]
     candidates = recheck(database, record, plan, run_workers=run_workers)

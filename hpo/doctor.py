@@ -296,13 +296,12 @@ def _measure_together(
 
 def _measure(spec: StudySpec, backbone: str, device: str, index: int) -> "Speed":
     """In a process of its own, pinned as a worker is."""
-    from trainer.data.registry import load
     from trainer.speed import measure_speed
 
     if device == "cpu" and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[index % len(cores)]})
-    data = load(spec.data, seed=spec.seed, options=spec.data_options)
+    data = spec.load_data()
     fields = {name: _middle(what) for name, what in spec.space.fields.items()}
     config = TrainConfig.from_dict({**fields, "backbone": backbone})
     return measure_speed(config, data, device=device, seconds=PROBE_SECONDS)

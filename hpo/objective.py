@@ -18,7 +18,7 @@ from storage.studies import OpenStudy
 from trainer.config import ConfigError, TrainConfig, TrainingFailure
 from trainer.data.dataset import ImageDataset
 from trainer.device import DevicePlan, choose_plan
-from trainer.footprint import measure_footprint
+from trainer.footprint import Footprint, measure_footprint
 from trainer.loop import ProgressReport, train
 from trainer.state import CheckpointError, read_history
 
@@ -142,12 +142,12 @@ class TrialRun:
         limits = self._spec.limits
         if not limits.given():
             return None
-        footprint = measure_footprint(
-            config,
-            input_size=self._data.input_size,
-            num_classes=self._data.num_classes,
-            device=self._device,
-            times_latency=limits.max_latency_ms is not None,
+        footprint = _footprint(
+            config.backbone,
+            self._data.input_size,
+            self._data.num_classes,
+            self._device,
+            limits.max_latency_ms is not None,
         )
         complaint = limits.complaint(footprint)
         if complaint is None:
@@ -270,6 +270,24 @@ def _say_without_checkpoints(reason: str) -> None:
     logger.warning(
         "training goes on without checkpoints (%s): if this worker dies, its trial begins anew",
         reason,
+    )
+
+
+@functools.cache
+def _footprint(
+    backbone: str,
+    input_size: tuple[int, int, int],
+    num_classes: int,
+    device: str,
+    times_latency: bool,
+) -> Footprint:
+    """Measured once in a worker's life, so that a backbone is judged alike in all its trials."""
+    return measure_footprint(
+        TrainConfig(backbone=backbone),
+        input_size=input_size,
+        num_classes=num_classes,
+        device=device,
+        times_latency=times_latency,
     )
 
 

@@ -72,7 +72,6 @@ def replay_trial(
     UsageError if there is no such trial, its data has changed, or this machine has no device of
     its kind; NoTrialError if it has no report to compare with.
     """
-    from trainer.data.registry import load
     from trainer.device import DevicePlan
     from trainer.loop import train
 
@@ -83,9 +82,7 @@ def replay_trial(
     spec = StudySpec.from_json(record.spec)
     config = TrainConfig.from_dict(trial.attributes["config"])
     plan = DevicePlan.from_dict({**trial.attributes["plan"], "device": _same_kind_of_device(trial)})
-    data = load(spec.data, seed=spec.seed, options=spec.data_options)
-    if data.fingerprint != spec.fingerprint:
-        raise UsageError(f"{spec.data} has changed since the study was made")
+    data = spec.load_data()
     replayed = []
     with contextlib.closing(train(config, data, plan)) as reports:
         try:

@@ -5,12 +5,15 @@ import importlib.metadata
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpo.errors import UsageError
 from hpo.limits import Limits
 from hpo.space import SearchSpace
 from trainer.data.options import DEFAULT_OPTIONS, DataOptions
+
+if TYPE_CHECKING:
+    from trainer.data.dataset import ImageDataset
 
 VERSION = 2
 
@@ -56,6 +59,17 @@ class StudySpec:
     def epochs(self) -> int:
         """Of a trial that is not stopped."""
         return int(self.space.fields["epochs"])
+
+    def load_data(self) -> "ImageDataset":
+        """The study's data. Raises DataError if it can't be read, UsageError if it is another."""
+        from trainer.data.registry import load
+
+        data = load(self.data, seed=self.seed, options=self.data_options)
+        if data.fingerprint != self.fingerprint:
+            raise UsageError(
+                f"{self.data} is not the data that the study was made with: its fingerprint differs"
+            )
+        return data
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -12,7 +12,7 @@ import types
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from hpo.errors import ExitCode, UsageError
+from hpo.errors import ExitCode
 from hpo.objective import TrialRun
 from hpo.spec import StudySpec
 from storage import leases
@@ -21,7 +21,6 @@ from storage.errors import LeaseLost, StudyNotFound
 from storage.leases import Lease, NoWork
 from storage.schema import ensure_tables
 from storage.studies import OpenStudy, check_checkpoint_place, find_study
-from trainer.data.registry import load
 
 logger = logging.getLogger(__name__)
 _BUSY_POLL_SECONDS = 1.0
@@ -128,13 +127,7 @@ class Worker:
         record = find_study(database, study_name)
         self._spec = StudySpec.from_json(record.spec)
         self._study = OpenStudy(database, record)
-        spec = self._spec
-        self._data = load(spec.data, seed=spec.seed, options=spec.data_options)
-        if self._data.fingerprint != self._spec.fingerprint:
-            raise UsageError(
-                f"{self._spec.data} is not the data that the study was made with: "
-                "its fingerprint differs"
-            )
+        self._data = self._spec.load_data()
         host = socket.gethostname()
         self._worker_id = given_id or f"{host}-{os.getpid()}"
         leases.register_worker(
