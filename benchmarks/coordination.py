@@ -112,15 +112,18 @@ def calls_of_one_worker(url: str) -> dict[str, Any]:
             value = 0.5 + step / 1000
 
             def report(step: int = step, value: float = value) -> None:
-                study.report(lease, trial_id, step, value, images_per_second=1.0)
+                study.report(lease, step, value, images_per_second=1.0)
 
             def decide(step: int = step, value: float = value) -> None:
-                others = study.values_at(step, except_trial_id=trial_id)
-                judge(step=step, value=value, others=others, num_epochs=NUM_REPORTS, eta=4)
+                found = study.standing(step, value, except_trial_id=trial_id)
+                judge(
+                    step=step, value=value, num_better=found.num_better,
+                    num_others=found.num_others, num_epochs=NUM_REPORTS, eta=4,
+                )  # fmt: skip
 
             timed("report", report)
             timed("decision", decide)
-        timed("tell", lambda: study.end(lease, trial_id, TrialState.COMPLETE, value=0.5,
+        timed("tell", lambda: study.end(lease, TrialState.COMPLETE, value=0.5,
                                         reason="measured"))  # fmt: skip
 
     a_trial(1)  # makes the parameters' names known to the filled trials
@@ -187,7 +190,6 @@ class Simulated:
     def install(self) -> None:
         """Instead of the product's own training and data; nothing else is replaced."""
         import hpo.objective
-        import hpo.worker
 
         report = OpenStudy.report
 
@@ -200,8 +202,9 @@ class Simulated:
             (OpenStudy, "report", timed),
             (hpo.objective, "train", self.train),
             (hpo.objective, "choose_plan", lambda *_, **__: DevicePlan(device="cpu")),
-            (hpo.worker, "load", lambda *_, **__: self.data),
+            (StudySpec, "load_data", lambda *_, **__: self.data),
         ):
+            assert hasattr(owner, name), name
             setattr(owner, name, value)
 
     def train(

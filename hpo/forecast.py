@@ -82,6 +82,13 @@ def _goes_on(spec: StudySpec, step: int, quality: float, reached: dict[int, list
     if not is_rung(step, first=spec.first_rung, num_epochs=spec.epochs, eta=spec.eta):
         return True
     others = reached.setdefault(step, [])
-    verdict = judge(step=step, value=quality, others=others, num_epochs=spec.epochs, eta=spec.eta)
+    verdict = judge(
+        step=step,
+        value=quality,
+        num_better=sum(theirs > quality for theirs in others),
+        num_others=len(others),
+        num_epochs=spec.epochs,
+        eta=spec.eta,
+    )
     others.append(quality)
     return verdict.goes_on

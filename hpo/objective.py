@@ -93,7 +93,7 @@ class TrialRun:
             return TrainConfig.from_dict(self._attributes["config"])
         # seeded by the trial, so that a resumed trial is proposed what it would have been
         seed = trial_seed(self._spec.seed, self.number)
-        self._study.study.sampler = optuna.samplers.TPESampler(seed=seed)
+        self._study.study.sampler = _sampler(seed, self._study.study.sampler)
 
         def suggest() -> TrainConfig:
             trial = optuna.Trial(self._study.study, self._trial_id)
@@ -189,7 +189,6 @@ class TrialRun:
             self._study.write(self._lease, note)
         self._study.report(
             self._lease,
-            self._trial_id,
             int(report["step"]),
             float(report["val_accuracy"]),
             images_per_second=float(report["images_per_second"]),
@@ -204,10 +203,12 @@ class TrialRun:
         spec = self._spec
         if not is_rung(step, first=spec.first_rung, num_epochs=spec.epochs, eta=spec.eta):
             return None
+        standing = self._study.standing(step, value, except_trial_id=self._trial_id)
         verdict = judge(
             step=step,
             value=value,
-            others=self._study.values_at(step, except_trial_id=self._trial_id),
+            num_better=standing.num_better,
+            num_others=standing.num_others,
             num_epochs=spec.epochs,
             eta=spec.eta,
         )
@@ -226,9 +227,7 @@ class TrialRun:
                         trial.set_constraint(name, value)
 
             self._study.write(self._lease, constrain)
-        self._study.end(
-            self._lease, self._trial_id, outcome.state, value=outcome.value, reason=outcome.reason
-        )
+        self._study.end(self._lease, outcome.state, value=outcome.value, reason=outcome.reason)
         if self._checkpoints is None:
             return
         try:
@@ -262,6 +261,15 @@ class TrialRun:
     def _do_without_checkpoints(self, error: OSError) -> None:
         self._checkpoints = None
         _say_without_checkpoints(error.strerror or str(error))
+
+
+def _sampler(seed: int, earlier: optuna.samplers.BaseSampler) -> optuna.samplers.BaseSampler:
+    """A TPE sampler of this seed that need not read again what an earlier one of the study read."""
+    sampler = optuna.samplers.TPESampler(seed=seed)
+    if isinstance(earlier, optuna.samplers.TPESampler):
+        # what all trials have in common: 30 ms at 1,000 trials to find out anew
+        sampler._search_space = earlier._search_space
+    return sampler
 
 
 @functools.cache

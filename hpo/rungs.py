@@ -5,7 +5,6 @@ Tuning"), with its first rung at a quarter of an epoch and no waiting: a trial i
 arrives, among all that have arrived before.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 STEPS_PER_EPOCH = 4
@@ -45,16 +44,16 @@ def judge(
     *,
     step: int,
     value: float,
-    others: Sequence[float],
+    num_better: int,
+    num_others: int,
     num_epochs: int,
     eta: int,
 ) -> Verdict:
     """About one in `eta` goes on, the best always; equals share their place.
 
-    others: values of all other trials that reported at this step.
+    num_others: trials beside this one that reported at this step; num_better of them more.
     """
-    num_better = sum(theirs > value for theirs in others)
-    num_reached = len(others) + 1
+    num_reached = num_others + 1
     num_places = max(1, num_reached // eta)
     epochs = step / STEPS_PER_EPOCH
     place = f"{value:.4f} after {epochs:g} epochs is place {num_better + 1} of {num_reached}"

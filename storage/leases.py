@@ -168,18 +168,6 @@ class Fence:
             yield
 
     @contextlib.contextmanager
-    def reporting(self, lease: Lease, *, images_per_second: float) -> Iterator[None]:
-        """As `holding`, for a report: the attempt was not barren."""
-        with self._statement("first", _REPORT, lease, images_per_second=images_per_second):
-            yield
-
-    @contextlib.contextmanager
-    def ending(self, lease: Lease) -> Iterator[None]:
-        """As `holding`, for the end of the trial: the lease ends in the same transaction."""
-        with self._statement("first", _END, lease):
-            yield
-
-    @contextlib.contextmanager
     def binding(self, lease: Lease) -> Iterator[None]:
         """The trial that Optuna makes in here is bound to `lease` in the same transaction.
 
@@ -387,17 +375,6 @@ _FREE_LEASES_OF_WORKER = text("""
 _HOLD = text("""
     SELECT lease_id FROM hpo_leases
     WHERE lease_id = :lease AND token = :token AND ended_at IS NULL FOR UPDATE
-""")
-
-_REPORT = text("""
-    UPDATE hpo_leases SET barren_attempts = 0, reported_at = now(),
-        images_per_second = :images_per_second
-    WHERE lease_id = :lease AND token = :token AND ended_at IS NULL RETURNING lease_id
-""")
-
-_END = text("""
-    UPDATE hpo_leases SET ended_at = now(), worker_id = NULL, expires_at = NULL
-    WHERE lease_id = :lease AND token = :token AND ended_at IS NULL RETURNING lease_id
 """)
 
 _BIND = text("""

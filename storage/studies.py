@@ -8,7 +8,6 @@ RDBStorage.
 import json
 import secrets
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import optuna
 from optuna.trial import TrialState
 from sqlalchemy import Connection, text
 
+from storage import results
 from storage.checkpoints import Checkpoints, TrialCheckpoints, checkpoint_root, checkpoint_url
 from storage.database import Database, Result
 from storage.errors import LeaseLost, StorageError, StudyNotFound
@@ -23,9 +23,6 @@ from storage.leases import Fence, Lease
 from storage.object_checkpoints import ObjectCheckpoints
 from storage.object_store import ObjectStore
 from storage.schema import optuna_storage
-
-LONGEST_REASON = 500
-"""Characters of a reason that stay with a trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,31 +181,35 @@ class OpenStudy:
         It may run again, so it makes its own `optuna.Trial`: an older one doesn't know what an
         earlier try has stored.
         """
-        return self._fenced(lambda: self._fence.holding(lease), call)
 
-    def report(
-        self, lease: Lease, trial_id: int, step: int, value: float, *, images_per_second: float
-    ) -> None:
-        """Store an intermediate value; a step reported again, after a resume, is one row still.
-
-        Raises LeaseLost.
-        """
-        self._fenced(
-            lambda: self._fence.reporting(lease, images_per_second=images_per_second),
-            lambda: self.study._storage.set_trial_intermediate_value(trial_id, step, value),
-        )
-
-    def _fenced(
-        self, fence: Callable[[], AbstractContextManager[None]], call: Callable[[], Result]
-    ) -> Result:
         def fenced() -> Result:
-            with fence():
+            with self._fence.holding(lease):
                 return call()
 
         try:
             return self._database.patiently(fenced)
         except optuna.exceptions.UpdateFinishedTrialError as error:
             raise LeaseLost("the trial was ended by somebody else") from error
+
+    def report(self, lease: Lease, step: int, value: float, *, images_per_second: float) -> None:
+        """Store an intermediate value. Raises LeaseLost."""
+        results.report(
+            self._database, lease, step=step, value=value, images_per_second=images_per_second
+        )
+
+    def standing(self, step: int, value: float, *, except_trial_id: int) -> results.Standing:
+        """Where the value stands among those of all other trials of the study at this step."""
+        return results.standing(
+            self._database,
+            self.record.study_id,
+            step=step,
+            value=value,
+            except_trial_id=except_trial_id,
+        )
+
+    def end(self, lease: Lease, state: TrialState, *, value: float | None, reason: str) -> None:
+        """End the trial and its lease; the reason stays with the trial. Raises LeaseLost."""
+        results.end(self._database, lease, state=state, value=value, reason=reason)
 
     def checkpoints(self, lease: Lease, trial_id: int, *, trial_number: int) -> Checkpoints:
         """Where this attempt keeps them: what HPO_CHECKPOINTS says. Raises StorageError."""
@@ -221,52 +222,11 @@ class OpenStudy:
         store = ObjectStore.of(url)
         return ObjectCheckpoints(store, self._database, lease, trial_id=trial_id, study_key=key)
 
-    def values_at(self, step: int, *, except_trial_id: int) -> list[float]:
-        """The values of all other trials of the study that reported at `step`."""
-        given = {"study": self.record.study_id, "step": step, "trial": except_trial_id}
-
-        def query() -> list[float]:
-            with self._database.engine.connect() as connection:
-                return list(connection.execute(_VALUES_AT, given).scalars())
-
-        return self._database.patiently(query)
-
-    def end(
-        self, lease: Lease, trial_id: int, state: TrialState, *, value: float | None, reason: str
-    ) -> None:
-        """End the trial and its lease in one transaction; the reason stays with the trial.
-
-        Raises LeaseLost if the trial was somebody else's.
-        """
-
-        storage = self.study._storage
-        values = None if value is None else [value]
-        if self._database.patiently(lambda: _ended_as(self._database, lease, state)):
-            return
-        self.write(
-            lease, lambda: storage.set_trial_user_attr(trial_id, "reason", reason[:LONGEST_REASON])
-        )
-        try:
-            self._fenced(
-                lambda: self._fence.ending(lease),
-                lambda: storage.set_trial_state_values(trial_id, state, values),
-            )
-        except LeaseLost:
-            # the COMMIT of a try before the last one may have gone through
-            if not self._database.patiently(lambda: _ended_as(self._database, lease, state)):
-                raise
-
 
 def _bound_trial(database: Database, lease: Lease) -> int | None:
     with database.engine.connect() as connection:
         given = {"lease": lease.lease_id, "token": lease.token}
         return connection.execute(_BOUND_TRIAL, given).scalar()
-
-
-def _ended_as(database: Database, lease: Lease, state: TrialState) -> bool:
-    with database.engine.connect() as connection:
-        given = {"lease": lease.lease_id, "token": lease.token, "state": state.name}
-        return bool(connection.execute(_ENDED_AS, given).scalar())
 
 
 def _execute(database: Database, statement: Any, given: Mapping[str, Any]) -> Any:
@@ -321,19 +281,6 @@ _OPEN_TEST = text("""
     RETURNING test_openings
 """)
 
-_VALUES_AT = text("""
-    SELECT v.intermediate_value FROM trial_intermediate_values v JOIN trials t
-        USING (trial_id)
-    WHERE t.study_id = :study AND v.step = :step AND v.trial_id <> :trial
-        AND v.intermediate_value_type = 'FINITE'
-""")
-
 _BOUND_TRIAL = text("""
     SELECT trial_id FROM hpo_leases WHERE lease_id = :lease AND token = :token
-""")
-
-_ENDED_AS = text("""
-    SELECT count(*) FROM hpo_leases l JOIN trials t USING (trial_id)
-    WHERE l.lease_id = :lease AND l.token = :token AND l.ended_at IS NOT NULL
-        AND t.state::text = :state
 """)

@@ -77,7 +77,6 @@ class Here:
     number: int | None = None
     token: int | None = None
     attempts: int = 0
-    telling: bool = False
     saving: bool = False
     taking_over: bool = False
     exporting: bool = False
@@ -87,7 +86,7 @@ class Here:
         """Before a claim."""
         self.trial_id = self.number = self.token = None
         self.attempts = 0
-        self.telling = self.saving = self.taking_over = False
+        self.saving = self.taking_over = False
 
 
 here = Here()

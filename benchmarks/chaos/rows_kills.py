@@ -21,7 +21,7 @@ POINTS = (
     "before claim", "before reap", "in reap", "after claim", "after ask", "after bind",
     *(f"after suggest {name}" for name in SEARCHED),
     "after leg", "before checkpoint", "in checkpoint", "after checkpoint",
-    "before report", "after report", "before tell", "in tell", "after tell",
+    "before report", "after report", "before tell", "after tell",
     *TAKE_OVER_POINTS,
 )  # fmt: skip
 LEAVING_POINTS = ("before release", "after release")

@@ -50,30 +50,19 @@ def wrap_studies(module: ModuleType) -> None:
     def after_trial(trial: Any, *_: Any) -> None:
         here.number = trial.number
 
-    def after_report(_: None, _study: Any, lease: Any, trial_id: int, step: int, value: float,
-                     **__: Any) -> None:  # fmt: skip
-        witness("reported", token=lease.token, trial_id=trial_id, step=step, value=value)
+    def after_report(_: None, _study: Any, lease: Any, step: int, value: float, **__: Any) -> None:
+        witness("reported", token=lease.token, trial_id=here.trial_id, step=step, value=value)
         point("after report")
 
-    def after_write(*_: Any, **__: Any) -> None:
-        if here.telling:
-            point("in tell")
-
-    def before_end(*_: Any, **__: Any) -> None:
-        here.telling = True
-        point("before tell")
-
-    def after_end(_: None, _study: Any, lease: Any, trial_id: int, state: Any, **__: Any) -> None:
-        here.telling = False
-        witness("ended", token=lease.token, trial_id=trial_id, state=state.name)
+    def after_end(_: None, _study: Any, lease: Any, state: Any, **__: Any) -> None:
+        witness("ended", token=lease.token, trial_id=here.trial_id, state=state.name)
         point("after tell")
 
     study = module.OpenStudy
     around(study, "bind", after=after_bind)
     around(study, "trial", after=after_trial)
     around(study, "report", before=passes("before report"), after=after_report)
-    around(study, "write", after=after_write)
-    around(study, "end", before=before_end, after=after_end)
+    around(study, "end", before=passes("before tell"), after=after_end)
     before, after = passes("before create"), passes("after create")
     around(module, "create_study", before=before, after=after)
     around(module, "relaunch", after=passes("after relaunch"))

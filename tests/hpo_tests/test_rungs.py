@@ -41,12 +41,19 @@ def test_the_first_rung_waits_for_sixteen_optimizer_steps(
 def test_one_in_four_goes_on_and_the_best_always(
     value: float, others: list[float], goes_on: bool
 ) -> None:
-    verdict = judge(step=4, value=value, others=others, num_epochs=10, eta=4)
+    verdict = judge(
+        step=4,
+        value=value,
+        num_better=sum(theirs > value for theirs in others),
+        num_others=len(others),
+        num_epochs=10,
+        eta=4,
+    )
     assert verdict.goes_on is goes_on
 
 
 def test_a_stop_says_why_and_what_it_saved() -> None:
-    verdict = judge(step=1, value=0.4, others=[0.5, 0.6], num_epochs=10, eta=4)
+    verdict = judge(step=1, value=0.4, num_better=2, num_others=2, num_epochs=10, eta=4)
     assert verdict.reason == (
         "0.4000 after 0.25 epochs is place 3 of 3, the best 1 go on: 9.75 of 10 epochs saved"
     )

@@ -76,12 +76,10 @@ class Life:
 
     def report(self) -> None:
         for step, value in VALUES.items():
-            self._study.report(self.lease, self.trial_id, step, value, images_per_second=1.0)
+            self._study.report(self.lease, step, value, images_per_second=1.0)
 
     def end(self) -> None:
-        self._study.end(
-            self.lease, self.trial_id, TrialState.COMPLETE, value=VALUES[4], reason="said"
-        )
+        self._study.end(self.lease, TrialState.COMPLETE, value=VALUES[4], reason="said")
 
     def run(self, **around: AbstractContextManager[object]) -> None:
         """All of it, an operation within what is given for it."""
@@ -182,7 +180,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
-    ("operation", "nth"), [("claim", 0), ("bind", 0), ("suggest", 3), ("report", 0), ("end", 1)]
+    ("operation", "nth"), [("claim", 0), ("bind", 0), ("suggest", 3), ("report", 0), ("end", 0)]
 )
 def test_a_commit_in_a_black_hole_that_arrives_late_loses_and_doubles_nothing(
     operation: str,
@@ -260,7 +258,7 @@ def test_a_backend_that_is_stopped_with_its_locks_delays_but_changes_nothing(
     proxy: TcpProxy, proxied: Database, database: Database, record: StudyRecord
 ) -> None:
     life = Life(proxied, record)
-    hole = Strike(proxy, Fault.HOLD, statement="INSERT")
+    hole = Strike(proxy, Fault.HOLD, statement="COMMIT")
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(life.run, report=hole)
         assert hole.happened.wait(10)

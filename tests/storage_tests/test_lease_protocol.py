@@ -180,7 +180,7 @@ class LeaseProtocol(RuleBasedStateMachine):
         value = next(self.numbers) / 1000
 
         def call() -> None:
-            self.owners[lease.token].report(lease, trial_id, step, value, images_per_second=1.0)
+            self.owners[lease.token].report(lease, step, value, images_per_second=1.0)
 
         if self.may_write(lease, trial_id, call):
             self.trials[trial_id].values[str(step)] = value
@@ -197,9 +197,7 @@ class LeaseProtocol(RuleBasedStateMachine):
         value = None if state == TrialState.FAIL else number / 1000
 
         def call() -> None:
-            self.owners[lease.token].end(
-                lease, trial_id, state, value=value, reason=f"said {number}"
-            )
+            self.owners[lease.token].end(lease, state, value=value, reason=f"said {number}")
 
         model = self.leases[lease.lease_id]
         if model.token == lease.token and model.ended and trial.state == state.name:

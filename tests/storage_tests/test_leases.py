@@ -31,9 +31,8 @@ def begin(database: Database, study: OpenStudy, worker: str = "w", seconds: floa
 
 
 def end(study: OpenStudy, lease: Lease, state: TrialState) -> None:
-    trial_id = study.bind(lease)
     value = 0.5 if state == TrialState.COMPLETE else None
-    study.end(lease, trial_id, state, value=value, reason="said")
+    study.end(lease, state, value=value, reason="said")
 
 
 def states(database: Database, record: StudyRecord) -> list[str]:
@@ -136,10 +135,10 @@ def test_who_lost_the_lease_writes_nothing(database: Database) -> None:
     time.sleep(2 * SHORT)
     new = claim(database, record, "new")
     for write in (
-        lambda: study.report(old, trial_id, 1, 0.9, images_per_second=1.0),
+        lambda: study.report(old, 1, 0.9, images_per_second=1.0),
         lambda: study.write(old, lambda: trial.suggest_float("lr", 0, 1)),
         lambda: study.write(old, lambda: trial.set_user_attr("plan", {})),
-        lambda: study.end(old, trial_id, TrialState.COMPLETE, value=0.9, reason="old"),
+        lambda: study.end(old, TrialState.COMPLETE, value=0.9, reason="old"),
     ):
         with pytest.raises(LeaseLost):
             write()
@@ -195,7 +194,7 @@ def test_a_report_makes_the_count_of_barren_attempts_begin_anew(database: Databa
     study = OpenStudy(database, record)
     for attempt in range(6):
         lease = begin(database, study, f"w{attempt}")
-        study.report(lease, study.bind(lease), attempt, 0.1, images_per_second=1.0)
+        study.report(lease, attempt, 0.1, images_per_second=1.0)
         leases.forget_worker(database, f"w{attempt}")
     assert states(database, record) == ["WAITING"]
 
@@ -271,6 +270,6 @@ def test_a_trial_ended_in_the_dashboard_is_lost_to_its_worker(database: Database
     trial_id = study.bind(lease)
     study.study._storage.set_trial_state_values(trial_id, TrialState.FAIL)
     with pytest.raises(LeaseLost):
-        study.report(lease, trial_id, 1, 0.5, images_per_second=1.0)
+        study.report(lease, 1, 0.5, images_per_second=1.0)
     leases.reap(database, record.study_id)
     assert leases.renew(database, lease, "w", lease_seconds=30).holds_lease is False

@@ -43,7 +43,7 @@ def run_one(database: Database, record: StudyRecord, state: TrialState) -> str:
     trial_id = study.bind(lease)
     key = str(study.trial(trial_id).user_attrs[KEY])
     value = 0.5 if state == TrialState.COMPLETE else None
-    study.end(lease, trial_id, state, value=value, reason="said")
+    study.end(lease, state, value=value, reason="said")
     return key
 
 

@@ -9,6 +9,7 @@ from storage import leases
 from storage.database import Database
 from storage.errors import StorageError, StudyNotFound
 from storage.leases import Lease
+from storage.results import Standing
 from storage.snapshots import snapshot
 from storage.studies import (
     OpenStudy,
@@ -67,29 +68,31 @@ def test_openings_of_the_test_split_are_counted(database: Database) -> None:
 
 def test_a_step_reported_twice_is_one_row(database: Database) -> None:
     study = OpenStudy(database, make_study(database))
-    lease, trial_id = begun(database, study)
+    lease, _ = begun(database, study)
     for value in (0.5, 0.5):
-        study.report(lease, trial_id, 4, value, images_per_second=10.0)
+        study.report(lease, 4, value, images_per_second=10.0)
     found = snapshot(database, study.record.study_id).trials[0]
     assert (found.steps, found.values) == ((4,), (0.5,))
 
 
-def test_values_at_a_step_are_those_of_all_other_trials(database: Database) -> None:
+def test_a_value_stands_among_those_of_all_other_trials_at_its_step(database: Database) -> None:
     study = OpenStudy(database, make_study(database))
     ids = []
     for value in (0.1, 0.2, 0.3):
         lease, trial_id = begun(database, study)
-        study.report(lease, trial_id, 4, value, images_per_second=1.0)
+        study.report(lease, 4, value, images_per_second=1.0)
         ids.append(trial_id)
-    assert sorted(study.values_at(4, except_trial_id=ids[1])) == [0.1, 0.3]
-    assert study.values_at(8, except_trial_id=ids[1]) == []
+    for value, num_better in ((0.05, 2), (0.1, 1), (0.2, 1), (0.3, 0)):
+        found = study.standing(4, value, except_trial_id=ids[1])
+        assert (found.num_better, found.num_others) == (num_better, 2)
+    assert study.standing(8, 0.5, except_trial_id=ids[1]) == Standing(num_better=0, num_others=0)
 
 
 def test_a_constraint_makes_a_trial_infeasible(database: Database) -> None:
     study = OpenStudy(database, make_study(database))
     lease, trial_id = begun(database, study)
     study.write(lease, lambda: study.trial(trial_id).set_constraint("trainable", 1.0))
-    study.end(lease, trial_id, TrialState.PRUNED, value=None, reason="NaN")
+    study.end(lease, TrialState.PRUNED, value=None, reason="NaN")
     found = snapshot(database, study.record.study_id).trials[0]
     assert (found.is_feasible, found.value, found.state) == (False, None, "PRUNED")
     assert study.study.trials[0].constraints == {"trainable": 1.0}
@@ -118,8 +121,8 @@ def test_a_study_in_another_process_sees_what_has_ended(database: Database) -> N
     study = OpenStudy(database, make_study(database))
     elsewhere = OpenStudy(database, study.record)
     assert elsewhere.study.trials == []
-    lease, trial_id = begun(database, study)
-    study.end(lease, trial_id, TrialState.COMPLETE, value=0.75, reason="said")
+    lease, _ = begun(database, study)
+    study.end(lease, TrialState.COMPLETE, value=0.75, reason="said")
     assert elsewhere.study.best_value == 0.75
     assert elsewhere.study.trials[0].user_attrs == {"reason": "said"}
 
