@@ -208,8 +208,9 @@ class Simulated:
             setattr(owner, name, value)
 
     def train(
-        self, config: TrainConfig, _data: Any, _plan: Any, *, resume: Any, pulse: Any
-    ) -> Generator[ProgressReport, None, None]:
+        self, config: TrainConfig, _data: Any, _plan: Any, *, resume: Any,
+        pulse: Callable[[], None], **_: Any,
+    ) -> Generator[ProgressReport, None, None]:  # fmt: skip
         """Reports at a quarter of an epoch and after each; never resumed."""
         assert resume is None
         steps = [1, *range(4, 4 * config.epochs + 1, 4)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hpo.errors import UsageError
 from hpo.executors.local import LocalExecutor, num_cores, worker_devices
+from hpo.logs import open_log
 from hpo.options import LaunchOptions
 from hpo.settle import check_backbones, settle
 from hpo.spec import StudySpec, check_study_name
@@ -107,7 +108,6 @@ def make_executor(
 def detach(record: StudyRecord, options: LaunchOptions, *, storage_url: str | None) -> Path:
     """Leave a launcher running in the background; returns its log file."""
     log = home() / "logs" / f"{record.checkpoint_key:d}" / "launch.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-P", "-m", "hpo.cli", "launch", "--study", record.name]
     command += ["--workers", options.workers]
     if options.devices:
@@ -115,7 +115,7 @@ def detach(record: StudyRecord, options: LaunchOptions, *, storage_url: str | No
     if options.timeout_seconds:
         command += ["--timeout", f"{options.timeout_seconds}s"]
     environment = {**os.environ, **({"HPO_STORAGE": storage_url} if storage_url else {})}
-    with log.open("ab") as output:
+    with open(open_log(log), "ab") as output:
         subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

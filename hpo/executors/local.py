@@ -19,6 +19,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from hpo.errors import UsageError
+from hpo.logs import open_log
 from storage.home import home
 
 _PRELOADED = ["hpo.worker", "hpo.cli"]
@@ -71,11 +72,11 @@ class LocalExecutor:
     def start(self, index: int) -> LocalWorker:
         """Start the worker of the index-th device."""
         warm_up()
-        self._logs.mkdir(parents=True, exist_ok=True)
         self._num_started += 1
         device = self._devices[index]
         worker_id = f"{socket.gethostname()}-{os.getpid()}-{index}-{self._num_started}"
         log = self._logs / f"worker-{index}.log"
+        os.close(open_log(log))  # what is wrong with it is said here, not in the worker
         arguments = ["worker", "--study", self._study_name, "--device", device]
         cores = _cores()
         process = multiprocessing.get_context("forkserver").Process(
@@ -125,7 +126,7 @@ def _run_worker(
 ) -> None:
     """In the new process: a session of its own, for Ctrl-C is the launcher's to forward."""
     os.setsid()
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    output = open_log(log)
     os.dup2(output, sys.stdout.fileno())
     os.dup2(output, sys.stderr.fileno())
     os.close(output)

@@ -1,14 +1,16 @@
 """What a trial does with checkpoints that can't be used, or can't be kept."""
 
 import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
 
-from hpo.objective import Outcome, TrialRun, _say_without_checkpoints
+from hpo.objective import Outcome, TrialRun, _sampler, _say_without_checkpoints
 from hpo.space import Range, SearchSpace
 from hpo.spec import StudySpec
 from storage import leases
@@ -71,7 +73,18 @@ def of_other_weights(valid: bytes) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("forge", [hollow, of_other_weights, lambda _: b"no checkpoint"])
+class Trap:
+    """Raises when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return pytest.fail, ("code of a checkpoint was run",)
+
+
+def hostile(_valid: bytes) -> bytes:
+    return pickle.dumps(Trap())
+
+
+@pytest.mark.parametrize("forge", [hollow, of_other_weights, lambda _: b"no checkpoint", hostile])
 def test_a_trial_whose_checkpoint_is_another_s_begins_anew(
     forge: Callable[[bytes], bytes],
     database: Database,
@@ -110,3 +123,31 @@ def test_a_worker_says_once_that_there_is_no_room_for_checkpoints(
         "training goes on without checkpoints (Not a directory): if this worker dies, "
         "its trial begins anew"
     ]
+
+
+def test_a_sampler_that_goes_on_proposes_what_a_new_one_would() -> None:
+    study = optuna.create_study(direction="maximize")
+
+    def propose(sampler: optuna.samplers.BaseSampler) -> dict[str, float]:
+        study.sampler = sampler
+        trial = study.ask()
+        proposed = {
+            "lr": trial.suggest_float("lr", 1e-4, 1e-1, log=True),
+            "weight_decay": trial.suggest_float("weight_decay", 1e-4, 1e-1, log=True),
+        }
+        study.tell(trial, state=TrialState.FAIL)
+        return proposed
+
+    going_on = study.sampler
+    for number in range(30):
+        going_on = _sampler(number, going_on)
+        assert propose(going_on) == propose(_sampler(number, optuna.samplers.RandomSampler()))
+        study.sampler = optuna.samplers.RandomSampler(seed=number)
+        trial = study.ask()
+        lr = trial.suggest_float("lr", 1e-4, 1e-1, log=True)
+        if number != 3:  # one trial in which a parameter is missing
+            trial.suggest_float("weight_decay", 1e-4, 1e-1, log=True)
+        study.tell(trial, 0.9 - abs(lr - 1e-2))
+    assert going_on._search_space._search_space == {  # type: ignore[union-attr]
+        "lr": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True)
+    }

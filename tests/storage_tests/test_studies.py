@@ -9,7 +9,7 @@ from storage import leases
 from storage.database import Database
 from storage.errors import StorageError, StudyNotFound
 from storage.leases import Lease
-from storage.results import Standing
+from storage.results import LONGEST_REASON, Standing
 from storage.snapshots import snapshot
 from storage.studies import (
     OpenStudy,
@@ -125,6 +125,13 @@ def test_a_study_in_another_process_sees_what_has_ended(database: Database) -> N
     study.end(lease, TrialState.COMPLETE, value=0.75, reason="said")
     assert elsewhere.study.best_value == 0.75
     assert elsewhere.study.trials[0].user_attrs == {"reason": "said"}
+
+
+def test_of_a_reason_without_end_a_part_stays(database: Database) -> None:
+    study = OpenStudy(database, make_study(database))
+    lease, _ = begun(database, study)
+    study.end(lease, TrialState.FAIL, value=None, reason="x" * 100_000)
+    assert study.study.trials[0].user_attrs == {"reason": "x" * LONGEST_REASON}
 
 
 def test_a_snapshot_turns_stored_values_back_into_those_suggested(database: Database) -> None:
