@@ -118,6 +118,7 @@ def export_best(
     NoTrialError; UsageError if `out` can't be written; DataError if the data has changed; what
     `run_workers` raises.
     """
+    from trainer.backbones import as_fed
     from trainer.export.folder import export_model
     from trainer.export.formats import DEFAULT_FORMATS, check_formats
     from trainer.export.publish import check_out
@@ -141,7 +142,7 @@ def export_best(
             **({} if average == "none" else {"average": average}),
         }
     )
-    whole = data.with_validation_in_training()
+    whole = as_fed(config, data.with_validation_in_training())
     last = _retrain(config, whole, winner.trial, say)
     num_openings = count_test_opening(database, record.study_id)
     if num_openings > 1:

@@ -87,6 +87,10 @@ def launch(
     backbone: Annotated[
         str | None, typer.Option(metavar="A,B", help="Backbones to choose among.")
     ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="EXPORT|FILE", help="Start each trial from these weights."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the study.  [default: 0]")] = None,
     timeout: Annotated[
         str | None, typer.Option(metavar="2h", help="Stop after 90s, 30m or 2h.")
@@ -125,6 +129,7 @@ def launch(
         epochs=epochs,
         space=space,
         backbones=backbone,
+        weights=weights,
         seed=seed,
         workers=workers,
         devices=devices,

@@ -25,6 +25,7 @@ class LaunchOptions:
     epochs: int | None = None
     space: Path | None = None
     backbones: str | None = None
+    weights: Path | None = None
     seed: int | None = None
     workers: str = "auto"
     devices: str | None = None
@@ -55,4 +56,15 @@ class LaunchOptions:
             fields["backbone"] = SearchSpace.from_json({"backbone": names}).fields["backbone"]
         if self.epochs is not None:
             fields["epochs"] = self.epochs
+        if self.weights is not None:
+            fields["weights"] = str(self.weights)
+        if "weights" in fields:
+            fields["weights"] = _absolute(fields["weights"])
         return fields
+
+
+def _absolute(paths: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """Workers run in other folders; "" stays: no weights."""
+    if isinstance(paths, tuple):
+        return tuple(str(_absolute(path)) for path in paths)
+    return str(Path(paths).expanduser().absolute()) if paths else ""

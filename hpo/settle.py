@@ -1,8 +1,10 @@
 """Settle what a new study is: its data is looked at, and what was left out is chosen by it."""
 
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import UsageError
@@ -40,17 +42,20 @@ def settle(
     """
     from trainer.data.registry import load
     from trainer.device import available_devices
+    from trainer.weights import digest
 
     seed = options.seed or 0
     data_options = DataOptions(**options.given_data_options())
     dataset = load(data, seed=seed, options=data_options, progress=progress)
+    weights = {path: digest(Path(path)) for path in _choices(fields, "weights") if path}
     space = default_space(
         input_size=dataset.input_size,
         num_train=len(dataset.train),
         flips=dataset.flips,
         num_cores=num_cores() if available_devices() == ["cpu"] else None,
     )
-    space = space.replace(**fields)
+    space = space.replace(**_by_weights(weights, fields), **fields)
+    _check_weights(space, dataset)
     _check_limits(options.limits, space, dataset)
     spec = StudySpec(
         data=data,
@@ -59,6 +64,7 @@ def settle(
         space=space,
         seed=seed,
         limits=options.limits,
+        weights=weights,
         first_rung=first_rung(
             num_train=len(dataset.train), largest_batch=int(space.largest("batch_size"))
         ),
@@ -66,6 +72,36 @@ def settle(
         stall_seconds=_seconds("HPO_STALL_SECONDS", StudySpec.stall_seconds),
     )
     return spec, dataset
+
+
+def _choices(fields: Mapping[str, Any], name: str) -> tuple[Any, ...]:
+    chosen = fields.get(name, ())
+    return chosen if isinstance(chosen, tuple) else (chosen,)
+
+
+def _by_weights(weights: Mapping[str, str], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What the weights, and a frozen network, make of fields that nobody has set."""
+    from trainer.weights import backbone_of
+
+    chosen: dict[str, Any] = {}
+    backbones = {backbone_of(Path(path)) for path in weights}
+    if len(backbones) == 1 and None not in backbones:
+        chosen["backbone"] = tuple(backbones)
+    if fields.get("trainable") == "head":  # the same pictures each epoch: features are kept
+        chosen |= {"flip": False, "translate": 0}
+    return {name: value for name, value in chosen.items() if name not in fields}
+
+
+def _check_weights(space: SearchSpace, data: "ImageDataset") -> None:
+    """Raises ConfigError if a backbone of the space can't start from the weights."""
+    from trainer.backbones import build
+
+    for backbone, weights, pretrained in itertools.product(
+        *(space.choices(name) for name in ("backbone", "weights", "pretrained"))
+    ):
+        if bool(weights) != bool(pretrained):
+            config = TrainConfig(backbone=backbone, weights=weights, pretrained=pretrained)
+            build(config, input_size=data.input_size, num_classes=data.num_classes)
 
 
 def _check_limits(limits: Limits, space: SearchSpace, data: "ImageDataset") -> None:

@@ -5,6 +5,7 @@ import importlib.metadata
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import UsageError
@@ -41,6 +42,8 @@ class StudySpec:
     limits: Limits = field(default_factory=Limits)
     data_options: DataOptions = DEFAULT_OPTIONS
     """How pictures are read: workers read them as the launcher did."""
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of each file or export that trials start from, by its path."""
     eta: int = 4
     """One in `eta` goes on at each rung."""
     lease_seconds: float = 30.0
@@ -61,9 +64,16 @@ class StudySpec:
         return int(self.space.fields["epochs"])
 
     def load_data(self) -> "ImageDataset":
-        """The study's data. Raises DataError if it can't be read, UsageError if it is another."""
-        from trainer.data.registry import load
+        """The study's data. Raises DataError if it can't be read, UsageError if it is another.
 
+        Weights that trials start from are looked at, too: ConfigError if they can't be read.
+        """
+        from trainer.data.registry import load
+        from trainer.weights import digest
+
+        for path, known in self.weights.items():
+            if digest(Path(path)) != known:
+                raise UsageError(f"weights {path} are not those that the study was made with")
         data = load(self.data, seed=self.seed, options=self.data_options)
         if data.fingerprint != self.fingerprint:
             raise UsageError(

@@ -1,20 +1,18 @@
 """BACKBONES: networks by name, for any number of channels, small images included."""
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision import models
 
 from trainer.config import ConfigError, TrainConfig, unknown_name
+from trainer.data.dataset import ImageDataset
+from trainer.heads import freeze, widen_head
 from trainer.seeds import own_randomness
-
-logger = logging.getLogger(__name__)
+from trainer.weights import load_weights, starting_weights, with_statistics_of
 
 SMALL_SIDE = 64
 """Up to this many pixels, torchvision's networks get the small-image stem."""
@@ -26,9 +24,9 @@ def build(config: TrainConfig, *, input_size: Shape, num_classes: int) -> nn.Mod
     """The config's backbone: (N,C,H,W) float -> logits (N,num_classes) float.
 
     input_size: (C,H,W). Dropout stands before the last layer and nowhere else (stochastic
-    depth of efficientnet and convnext stays). Weights come from config.seed, or, if pretrained,
-    from torchvision where they fit. Raises ConfigError if the name is unknown, the image too
-    small, or the published weights aren't there.
+    depth of efficientnet and convnext stays). Weights come from config.seed, or from a file or
+    torchvision where they fit. Raises ConfigError if the name is unknown, the image too small, or
+    the weights aren't there or are another network's.
     """
     if config.backbone not in BACKBONES:
         raise ConfigError(unknown_name("backbone", config.backbone, BACKBONES))
@@ -40,9 +38,23 @@ def build(config: TrainConfig, *, input_size: Shape, num_classes: int) -> nn.Mod
         )
     with own_randomness("weights", config.seed):
         model = backbone.make(input_size, num_classes, config.dropout)
-    if config.pretrained:
-        _load_published(model, config.backbone, backbone.weights)
+        widen_head(model, config)
+    weights = starting_weights(config, backbone.weights)
+    if weights is not None:
+        load_weights(model, weights, stem=backbone.stages[0])
+    freeze(model, config.trainable, backbone.stages, progress=1.0)
     return model
+
+
+def as_fed(config: TrainConfig, data: ImageDataset) -> ImageDataset:
+    """The data, with the mean and std that the config's weights are used to be fed with.
+
+    Raises ConfigError if the backbone is unknown or its weights can't be read.
+    """
+    if config.backbone not in BACKBONES:
+        raise ConfigError(unknown_name("backbone", config.backbone, BACKBONES))
+    published = BACKBONES[config.backbone].weights
+    return with_statistics_of(starting_weights(config, published), data)
 
 
 def _smallcnn(input_size: Shape, num_classes: int, dropout: float) -> nn.Module:
@@ -185,58 +197,57 @@ class Backbone:
     """How a network is made, the least side of an image in pixels, its published weights."""
 
     make: Maker
+    stages: tuple[tuple[str, ...], ...]
+    """Names of the modules of each stage, from the image to the head: a stage ends where the
+    picture gets smaller."""
     min_side: int = 8
     weights: Any = None
 
 
+_RESNET_STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+
+
+def _features(*stages: Sequence[int]) -> tuple[tuple[str, ...], ...]:
+    """Stages of a network whose layers are numbered in `features`."""
+    return tuple(tuple(f"features.{index}" for index in stage) for stage in stages)
+
+
 BACKBONES: dict[str, Backbone] = {
-    "smallcnn": Backbone(make=_smallcnn),
-    "resnet8": Backbone(make=_cifar_resnet(1)),
-    "resnet20": Backbone(make=_cifar_resnet(3)),
-    "resnet18": Backbone(make=_resnet(models.resnet18), weights=models.ResNet18_Weights.DEFAULT),
-    "resnet50": Backbone(make=_resnet(models.resnet50), weights=models.ResNet50_Weights.DEFAULT),
+    "smallcnn": Backbone(make=_smallcnn, stages=(("0", "2"), ("4", "6"), ("8", "9"))),
+    "resnet8": Backbone(make=_cifar_resnet(1), stages=(("0", "1"), ("3",), ("4",), ("5",))),
+    "resnet20": Backbone(
+        make=_cifar_resnet(3),
+        stages=(("0", "1"), ("3", "4", "5"), ("6", "7", "8"), ("9", "10", "11")),
+    ),
+    "resnet18": Backbone(
+        make=_resnet(models.resnet18),
+        stages=_RESNET_STAGES,
+        weights=models.ResNet18_Weights.DEFAULT,
+    ),
+    "resnet50": Backbone(
+        make=_resnet(models.resnet50),
+        stages=_RESNET_STAGES,
+        weights=models.ResNet50_Weights.DEFAULT,
+    ),
     "mobilenet_v3_small": Backbone(
         make=_mobile(models.mobilenet_v3_small),
+        stages=_features([0], [1], [2, 3], range(4, 9), range(9, 13)),
         weights=models.MobileNet_V3_Small_Weights.DEFAULT,
     ),
     "mobilenet_v3_large": Backbone(
         make=_mobile(models.mobilenet_v3_large),
+        stages=_features([0, 1], [2, 3], range(4, 7), range(7, 13), range(13, 17)),
         weights=models.MobileNet_V3_Large_Weights.DEFAULT,
     ),
     "efficientnet_b0": Backbone(
-        make=_mobile(models.efficientnet_b0), weights=models.EfficientNet_B0_Weights.DEFAULT
+        make=_mobile(models.efficientnet_b0),
+        stages=_features([0, 1], [2], [3], [4, 5], [6, 7, 8]),
+        weights=models.EfficientNet_B0_Weights.DEFAULT,
     ),
     "convnext_tiny": Backbone(
         make=_convnext(models.convnext_tiny),
+        stages=_features([0, 1], [2, 3], [4, 5], [6, 7]),
         min_side=16,
         weights=models.ConvNeXt_Tiny_Weights.DEFAULT,
     ),
 }
-
-
-def _load_published(model: nn.Module, name: str, weights: Any) -> None:
-    """Copy torchvision's weights where names and shapes fit; log the layers left at random."""
-    if weights is None:
-        raise ConfigError(f"pretrained: there are no published weights of {name}")
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-    try:
-        published = weights.get_state_dict(
-            progress=False, check_hash=True, weights_only=True, map_location="cpu"
-        )
-    except OSError as error:
-        raise ConfigError(
-            f"pretrained {name}: {path} isn't there, and can't be downloaded ({error})"
-        ) from error
-    except Exception as error:  # torch.load raises whatever a broken file leads to
-        raise ConfigError(
-            f"pretrained {name}: {path} can't be read; delete it to have it downloaded again"
-        ) from error
-    own = model.state_dict()
-    fitting = {
-        key: tensor
-        for key, tensor in published.items()
-        if key in own and own[key].shape == tensor.shape
-    }
-    model.load_state_dict(fitting, strict=False)
-    left = sorted({key.rpartition(".")[0] for key in own if key not in fitting})
-    logger.info("pretrained %s: left at random: %s", name, ", ".join(left) or "nothing")

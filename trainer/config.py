@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 Optimizer = Literal["sgd", "adam", "adamw"]
 Schedule = Literal["constant", "step", "cosine", "onecycle"]
 Average = Literal["none", "ema", "tail"]
+Trainable = Literal["all", "head", "last1", "last2", "last3", "gradual"]
 
 
 class ConfigError(ValueError):
@@ -50,7 +51,17 @@ class TrainConfig:
     backbone: str = "resnet8"
     """Name of the network, a key of trainer.backbones.BACKBONES."""
     pretrained: bool = False
-    """Start from torchvision's published weights."""
+    """Start from torchvision's published weights, fed with their mean and standard deviation."""
+    weights: str = ""
+    """Start from this file's weights: an export of ours, safetensors, or a .pth of tensors by
+    name; the head is new. Empty: none."""
+    trainable: Trainable = "all"
+    """What is trained: all, the head alone, the last stages beside it, or gradually more of them
+    (trainer.heads)."""
+    backbone_lr: float = 1.0
+    """Learning rate of all but the head, as a share of lr; > 0."""
+    head_hidden: int = 0
+    """Width of a hidden layer in the head (Linear, ReLU, Dropout, Linear); 0: one layer."""
     lr: float = 1e-3
     """Peak learning rate of the schedule, per optimizer step; > 0."""
     batch_size: int = 128
@@ -97,10 +108,22 @@ class TrainConfig:
         _choice("optimizer", self.optimizer, get_args(Optimizer))
         _choice("schedule", self.schedule, get_args(Schedule))
         _choice("average", self.average, get_args(Average))
+        _choice("trainable", self.trainable, get_args(Trainable))
+        _check(self.backbone_lr > 0, "backbone_lr must be > 0", self.backbone_lr)
+        both = self.pretrained and bool(self.weights)
+        _check(not both, "pretrained and weights exclude one another", self.weights)
         for name in ("momentum", "label_smoothing", "dropout"):
             value = getattr(self, name)
             _check(0 <= value < 1, f"{name} must be in [0, 1)", value)
-        for name in ("weight_decay", "clip_norm", "patience", "translate", "cutout", "seed"):
+        for name in (
+            "weight_decay",
+            "clip_norm",
+            "patience",
+            "translate",
+            "cutout",
+            "seed",
+            "head_hidden",
+        ):
             value = getattr(self, name)
             _check(value >= 0 and math.isfinite(value), f"{name} must be >= 0", value)
         _check(0 <= self.rotation <= 180, "rotation must be in [0, 180]", self.rotation)
@@ -108,6 +131,10 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return dataclasses.asdict(self)
+
+    def from_scratch(self) -> "TrainConfig":
+        """The same with random weights: for whoever only needs a network of this shape."""
+        return dataclasses.replace(self, pretrained=False, weights="")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":

@@ -163,7 +163,7 @@ def _fast_plan(
         candidates = [plain, last]
         if has_fast_bf16():
             candidates.append(dataclasses.replace(last, precision="bf16"))
-        config = dataclasses.replace(config, pretrained=False)
+        config = dataclasses.replace(config.from_scratch(), trainable="all")
         models = [build(config, input_size=input_size, num_classes=num_classes) for _ in candidates]
         with own_randomness("speed", config.seed):
             _probed[key] = _fastest(candidates, models, input_size)
@@ -187,11 +187,11 @@ def _fill_memory(
     whole = (config.batch_size + 1, *input_size)
     images = torch.zeros(whole, dtype=torch.uint8, device=plan.device)
     batch = images.float()
-    config = dataclasses.replace(config, pretrained=False, optimizer="adamw")
+    config = dataclasses.replace(config.from_scratch(), optimizer="adamw")
     model = plan.place(build(config, input_size=input_size, num_classes=num_classes))
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer = make_optimizer(config, model.parameters())
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer = make_optimizer(config, model)
     optimizer.step()
     _forward_backward(plan, model, batch[:num_images])
     del data  # held until here

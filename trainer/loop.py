@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.augment import augment
+from trainer.backbones import BACKBONES, as_fed
 from trainer.config import DataError, TrainConfig, TrainingDiverged
 from trainer.data.dataset import ImageDataset, Split
 from trainer.device import DevicePlan
 from trainer.evaluate import Evaluation, Normaliser, evaluate, no_pulse
+from trainer.features import as_features, on_features, trains_on_features
+from trainer.heads import freeze
 from trainer.memory import memory_errors
 from trainer.optim import clip_gradients, lr_at, set_lr
 from trainer.seeds import own_randomness, seeded_generator
@@ -73,6 +76,7 @@ def train(
     accuracy the last report is to say. torch's own random state is the caller's between reports.
     Raises TrainingDiverged, OutOfMemory, CheckpointError, ConfigError.
     """
+    data = as_fed(config, data)
     batches = batch_bounds(len(data.train), config.batch_size)
     num_steps, last_step = config.epochs * len(batches), config.epochs * STEPS_AN_EPOCH
     with memory_errors(config, plan.device):
@@ -84,7 +88,11 @@ def train(
             resume=resume,
             try_averages=try_averages,
         )
-        plan, model, optimizer = state.plan, state.model, state.optimizer
+        plan, optimizer = state.plan, state.optimizer
+        view = _whole
+        if trains_on_features(config) and not state.finished:
+            data, view = as_features(state.model, data, plan, pulse), on_features
+        model = view(state.model)
         normalise = Normaliser(data.mean, data.std, plan.device)
         train_split, val_split = to_device(data.train, plan), to_device(data.val, plan)
     for leg in [] if state.finished else legs(config.epochs, len(batches), state.step):
@@ -95,6 +103,7 @@ def train(
             order = epoch_order(config.seed, leg.epoch, len(train_split)).to(plan.device)
             total_loss = torch.zeros((), device=plan.device)
             model.train()
+            thaw(state, (leg.epoch * len(batches) + leg.first_batch) / num_steps)
             for index in range(leg.first_batch, leg.end_batch):
                 pulse()
                 steps_done = leg.epoch * len(batches) + index
@@ -102,16 +111,16 @@ def train(
                 chosen = order[slice(*batches[index])]
                 images = augment(train_split.images.index_select(0, chosen), config, generator)
                 labels = train_split.labels.index_select(0, chosen)
-                total_loss += optimizer_step(state, normalise(images), labels)
-                state.averages.after_step(model, steps_done / num_steps)
-            state.averages.after_epoch(model, leg.step / last_step)
+                total_loss += optimizer_step(state, normalise(images), labels, model=model)
+                state.averages.after_step(state.model, steps_done / num_steps)
+            state.averages.after_epoch(state.model, leg.step / last_step)
             num_images = batches[leg.end_batch - 1][1] - batches[leg.first_batch][0]
             train_loss = float(total_loss) / num_images  # waits for the device
             trained = time.perf_counter()
             state.step, state.images_seen = leg.step, state.images_seen + num_images
             judged = state.averages.models() if leg.step == last_step else {}
             val, *others = [
-                evaluate(judge, val_split, plan, mean=data.mean, std=data.std, pulse=pulse)
+                evaluate(view(judge), val_split, plan, mean=data.mean, std=data.std, pulse=pulse)
                 for judge in (state.result, *judged.values())
             ]
         check_finite(train_loss, val, leg, config)
@@ -122,12 +131,16 @@ def train(
             return
 
 
-def optimizer_step(state: TrainState, images: Tensor, labels: Tensor) -> Tensor:
+def optimizer_step(
+    state: TrainState, images: Tensor, labels: Tensor, *, model: nn.Module | None = None
+) -> Tensor:
     """One step on a batch, in micro-batches if the plan says so: the sum of the losses, 0-d.
 
-    images: (N,C,H,W) float; labels: (N,). Batch norm sees micro-batches one by one.
+    images: (N,C,H,W) float; labels: (N,). model: the part of the state's that takes these images,
+    None for all of it. Batch norm sees micro-batches one by one.
     """
-    config, plan, model = state.config, state.plan, state.model
+    config, plan = state.config, state.plan
+    model = state.model if model is None else model
     total = torch.zeros((), device=images.device)
     num_parts = num_micro_batches(len(images), plan.micro_batch)
     state.optimizer.zero_grad(set_to_none=True)
@@ -140,7 +153,7 @@ def optimizer_step(state: TrainState, images: Tensor, labels: Tensor) -> Tensor:
         )
         torch.autograd.backward(loss / len(images))
         total += loss.detach()
-    clip_gradients(model.parameters(), config.clip_norm)
+    clip_gradients(state.model.parameters(), config.clip_norm)
     state.optimizer.step()
     return total
 
@@ -197,9 +210,19 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> Tensor:
     return torch.randperm(num_images, generator=seeded_generator("order", seed, epoch))
 
 
+def thaw(state: TrainState, progress: float) -> None:
+    """Have the stages trained that are due at this share of all steps."""
+    stages = BACKBONES[state.config.backbone].stages
+    freeze(state.model, state.config.trainable, stages, progress)
+
+
+def _whole(model: nn.Module) -> nn.Module:
+    return model
+
+
 def to_device(split: Split, plan: DevicePlan) -> Split:
     """The split in the device's memory (the same one if it is there)."""
-    return Split(split.images.to(plan.device), split.labels.to(plan.device))
+    return type(split)(split.images.to(plan.device), split.labels.to(plan.device))
 
 
 def make_report(

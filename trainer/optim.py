@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from trainer.config import TrainConfig
+from trainer.heads import head_name
 
 START = 1 / 25
 """Share of the peak at which a warm-up begins."""
@@ -15,19 +16,24 @@ END = 1e-4 * START
 """Share of the peak at which onecycle ends (as torch's OneCycleLR)."""
 
 
-def make_optimizer(config: TrainConfig, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The config's optimizer over these parameters, in one fused kernel a group.
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The config's optimizer over what is trained of the model, in one fused kernel a group.
 
     sgd has Nesterov's momentum (if there is any), adam and adamw take momentum as beta1.
     Parameters with fewer than two dimensions (norms, biases) are not decayed. The learning
-    rate is set before each step (set_lr).
+    rate is set before each step (set_lr); that of all but the head is config.backbone_lr of it.
     """
-    trained = [parameter for parameter in params if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = _groups(config, [p for p in model.parameters() if p.requires_grad])
+    if config.backbone_lr != 1.0:
+        head = {id(p) for p in model.get_submodule(head_name(model)).parameters()}
+        groups = [
+            {**group, "lr_share": share}
+            for share, in_head in ((1.0, True), (config.backbone_lr, False))
+            for group in _groups(
+                config,
+                [p for p in model.parameters() if p.requires_grad and (id(p) in head) == in_head],
+            )
+        ]
     if config.optimizer == "sgd":
         nesterov = config.momentum > 0
         return torch.optim.SGD(
@@ -37,10 +43,18 @@ def make_optimizer(config: TrainConfig, params: Iterable[nn.Parameter]) -> torch
     return kind(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
 
 
+def _groups(config: TrainConfig, params: list[nn.Parameter]) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The learning rate of the steps to come."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_share", 1.0)
 
 
 def lr_at(config: TrainConfig, progress: float) -> float:

@@ -70,18 +70,18 @@ class TrainState:
         """
         saved = None if resume is None else _read(resume, config, data)
         if saved is not None:
-            config = dataclasses.replace(config, pretrained=False)
             plan = dataclasses.replace(DevicePlan.from_dict(saved["plan"]), device=plan.device)
         prepare(plan.device, plan.num_threads)
         size, num_classes = data.input_size, data.num_classes
-        model = plan.place(build(config, input_size=size, num_classes=num_classes))
+        start = config if saved is None else config.from_scratch()
+        model = plan.place(build(start, input_size=size, num_classes=num_classes))
         averages = {*try_averages, config.average} - {"none"}
         state = cls(
             config=config,
             plan=plan,
             data_identity=_identity(data),
             model=model,
-            optimizer=make_optimizer(config, model.parameters()),
+            optimizer=make_optimizer(config, model),
             averages=Averages(model, averages, steps_per_epoch=steps_per_epoch),
         )
         if saved is not None:

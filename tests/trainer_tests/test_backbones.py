@@ -149,7 +149,7 @@ def test_published_weights_are_loaded_where_they_fit(
 ) -> None:
     published = models.resnet18(num_classes=1000).state_dict()
     torch.save(published, hub / "resnet18-f37072fd.pth")
-    with caplog.at_level(logging.INFO, "trainer.backbones"):
+    with caplog.at_level(logging.INFO, "trainer.weights"):
         own = network("resnet18", (3, 32, 32), pretrained=True).state_dict()
     assert torch.equal(own["layer1.0.conv1.weight"], published["layer1.0.conv1.weight"])
     assert torch.equal(own["layer4.1.bn2.running_var"], published["layer4.1.bn2.running_var"])
@@ -160,6 +160,6 @@ def test_large_colour_images_get_the_published_stem_too(
     hub: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.save(models.resnet18().state_dict(), hub / "resnet18-f37072fd.pth")
-    with caplog.at_level(logging.INFO, "trainer.backbones"):
+    with caplog.at_level(logging.INFO, "trainer.weights"):
         network("resnet18", (3, 224, 224), pretrained=True)
     assert "left at random: fc.1" in caplog.text

@@ -339,7 +339,7 @@ def linear_state(plan: DevicePlan) -> TrainState:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     chosen = config(optimizer="sgd", momentum=0, lr=0.1)
-    optimizer = make_optimizer(chosen, model.parameters())
+    optimizer = make_optimizer(chosen, model)
     return TrainState(
         config=chosen,
         plan=plan,

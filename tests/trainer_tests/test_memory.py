@@ -380,7 +380,7 @@ def gradients(
 ) -> dict[str, Tensor]:
     """Of one optimizer step on these images, by the parameter's name."""
     plan = dataclasses.replace(CPU, micro_batch=micro_batch)
-    optimizer = make_optimizer(config, model.parameters())
+    optimizer = make_optimizer(config, model)
     state = TrainState(
         config=config,
         plan=plan,

@@ -25,7 +25,7 @@ def config(**fields: Any) -> TrainConfig:
 )
 def test_weights_are_decayed_but_norms_and_biases_are_not(name: str, kind: type) -> None:
     model = network()
-    optimizer = make_optimizer(config(optimizer=name, weight_decay=0.1), model.parameters())
+    optimizer = make_optimizer(config(optimizer=name, weight_decay=0.1), model)
     assert type(optimizer) is kind
     decayed, plain = optimizer.param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
@@ -34,11 +34,11 @@ def test_weights_are_decayed_but_norms_and_biases_are_not(name: str, kind: type)
 
 
 def test_sgd_has_nesterov_momentum_and_adam_takes_it_as_beta1() -> None:
-    sgd = make_optimizer(config(optimizer="sgd", momentum=0.8), network().parameters())
+    sgd = make_optimizer(config(optimizer="sgd", momentum=0.8), network())
     assert (sgd.param_groups[0]["momentum"], sgd.param_groups[0]["nesterov"]) == (0.8, True)
-    plain = make_optimizer(config(optimizer="sgd", momentum=0), network().parameters())
+    plain = make_optimizer(config(optimizer="sgd", momentum=0), network())
     assert plain.param_groups[0]["nesterov"] is False
-    adam = make_optimizer(config(optimizer="adamw", momentum=0.8), network().parameters())
+    adam = make_optimizer(config(optimizer="adamw", momentum=0.8), network())
     assert adam.param_groups[0]["betas"] == (0.8, 0.999)
 
 
@@ -47,7 +47,7 @@ def test_the_fused_kernels_compute_what_the_plain_ones_do(name: str) -> None:
     results = []
     for fused in (True, False):
         model = network()
-        optimizer = make_optimizer(config(optimizer=name), model.parameters())
+        optimizer = make_optimizer(config(optimizer=name), model)
         for group in optimizer.param_groups:
             group["fused"], group["foreach"] = fused, False
         images = torch.linspace(-1, 1, 512).view(8, 1, 8, 8)
@@ -64,12 +64,12 @@ def test_frozen_parameters_are_left_out() -> None:
     model = network()
     for parameter in model[0].parameters():  # type: ignore[index]
         parameter.requires_grad_(False)
-    optimizer = make_optimizer(config(), model.parameters())
+    optimizer = make_optimizer(config(), model)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
 
 
 def test_set_lr_reaches_every_group() -> None:
-    optimizer = make_optimizer(config(), network().parameters())
+    optimizer = make_optimizer(config(), network())
     set_lr(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 

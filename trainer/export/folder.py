@@ -105,7 +105,8 @@ def _manifest(
         "schema_version": SCHEMA_VERSION,
         "input_size": list(data.input_size),
         "class_names": list(data.class_names),
-        "config": config.to_dict(),
+        # where its first weights lay on this machine is nobody else's business
+        "config": {**config.to_dict(), "weights": Path(config.weights).name},
         "data": {"source": data.name, "fingerprint": data.fingerprint, "images": counts},
         "versions": _versions() | dict(about.get("versions", {})),
         "metrics": {**metrics, "test": {name: tested[name] for name in SUMMARY}},

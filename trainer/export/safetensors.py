@@ -1,6 +1,5 @@
 """safetensors: the weights alone; the network is rebuilt from the manifest's config."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ def rebuild(path: Path, manifest: Mapping[str, Any]) -> ExportModel:
     """The model of this file. manifest: needs config, input_size and class_names."""
     tensors = safetensors.torch.load_file(path)
     # Published weights would be downloaded only to be replaced.
-    config = dataclasses.replace(TrainConfig.from_dict(manifest["config"]), pretrained=False)
+    config = TrainConfig.from_dict(manifest["config"]).from_scratch()
     channels, height, width = manifest["input_size"]
     num_classes = len(manifest["class_names"])
     backbone = build(config, input_size=(channels, height, width), num_classes=num_classes)
