@@ -407,6 +407,43 @@ def doctor(
 
 
 @app.command()
+def pretrain(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the weights.")],
+    data: Annotated[
+        str, typer.Option(metavar="NAME|PATH", help="As for launch; labels are not looked at.")
+    ] = "digits",
+    backbone: Annotated[str, typer.Option(help="The network that learns.")] = "resnet8",
+    method: Annotated[str, typer.Option(help="simclr or moco.")] = "simclr",
+    epochs: Annotated[int, typer.Option(help="Passes over the images.")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 256,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    seed: Annotated[int, typer.Option(help="Of weights, order and views.")] = 0,
+    image_size: Annotated[int | None, typer.Option(help="As for launch.")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="cuda:0", help="Device.  [default: the first]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Learn from images without their labels: weights for launch --weights DIR."""
+    from hpo.pretrain import PretrainOptions, pretrain_to_folder
+    from hpo.progress import reading_bar
+    from trainer.data.options import DataOptions
+
+    fields = {"backbone": backbone, "method": method, "epochs": epochs, "batch_size": batch_size,
+              "lr": lr, "seed": seed}  # fmt: skip
+    sized = {} if image_size is None else {"image_size": image_size}
+    options = PretrainOptions(
+        data=data, out=out, data_options=DataOptions(**sized), fields=fields, device=device
+    )
+    with reading_bar(sys.stderr) as progress:
+        manifest = pretrain_to_folder(options, lambda line: typer.echo(line, err=True), progress)
+    if as_json:
+        _print_json(manifest)
+    else:
+        typer.echo(f"{out}: start from it with hpo launch --weights {out}")
+
+
+@app.command()
 def predict(
     export_dir: Annotated[Path, typer.Argument(metavar="EXPORT_DIR")],
     images: Annotated[

@@ -27,6 +27,10 @@ _COMMANDS = {
     "best": {
         "--study", "--export", "--out", "--top-k", "--seeds", "--formats", "--storage", "--json",
     },
+    "pretrain": {
+        "--out", "--data", "--backbone", "--method", "--epochs", "--batch-size", "--lr", "--seed",
+        "--image-size", "--device", "--json",
+    },
     "doctor": {
         "--data", "--image-size", "--max-broken", "--trials", "--epochs", "--workers", "--devices",
         "--space", "--backbone", "--storage", "--json",

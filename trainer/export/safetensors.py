@@ -1,10 +1,11 @@
 """safetensors: the weights alone; the network is rebuilt from the manifest's config."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from torch import nn
 
 from trainer.backbones import build
 from trainer.config import TrainConfig
@@ -14,9 +15,19 @@ from trainer.export.source import ExportSource
 
 def to_bytes(source: ExportSource) -> bytes:
     """The file's content: ExportModel's tensors by name."""
+    return _saved(source.model)
+
+
+def weights_to_bytes(model: nn.Module, *, mean: Sequence[float], std: Sequence[float]) -> bytes:
+    """The file's content for a network that is no classifier: weights to start from."""
+    return _saved(ExportModel(model, mean=mean, std=std))
+
+
+def _saved(model: ExportModel) -> bytes:
     # A tensor that stands in two places is refused by safetensors unless it is copied.
-    tensors = {name: tensor.clone() for name, tensor in source.model.state_dict().items()}
-    return safetensors.torch.save(tensors)
+    return safetensors.torch.save(
+        {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    )
 
 
 def load(path: Path, manifest: Mapping[str, Any]) -> Classifier:
