@@ -44,8 +44,8 @@ def tiny(seed: int) -> Any:
 
     whole = load(seed=seed)
     chosen = torch.randperm(len(whole.train), generator=torch.Generator().manual_seed(seed))
-    train = _halved(whole.train.take(chosen[:NUM_TRAIN]))
-    val = _halved(whole.train.take(chosen[NUM_TRAIN : NUM_TRAIN + NUM_VAL]))
+    train = halved(whole.train.take(chosen[:NUM_TRAIN]))
+    val = halved(whole.train.take(chosen[NUM_TRAIN : NUM_TRAIN + NUM_VAL]))
     mean, std = channel_statistics(train.images)
     return dataclasses.replace(
         whole,
@@ -53,11 +53,12 @@ def tiny(seed: int) -> Any:
         val=val,
         mean=mean,
         std=std,
-        open_test=lambda: _halved(whole.open_test()),
+        open_test=lambda: halved(whole.open_test()),
     )
 
 
-def _halved(split: Any) -> Any:
+def halved(split: Any) -> Any:
+    """Images of half the height and width."""
     import torch
 
     small = torch.nn.functional.avg_pool2d(split.images.float(), 2)

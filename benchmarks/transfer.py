@@ -1,0 +1,177 @@
+"""Fine-tuning beside training from scratch on few images; a start learnt without labels.
+
+    python -m benchmarks.transfer labelled      pretrained on Fashion-MNIST, tuned on digits
+    python -m benchmarks.transfer unlabelled    SimCLR and MoCo, then 1 % of the labels
+
+Each writes its part of benchmarks/transfer.json. Fashion-MNIST is halved to 14x14 pixels, so that
+it takes minutes of a core. Every arm has the same choice of learning rates; which one it is shown
+with, validation images say, in the mean of all seeds. The test images are looked at after that.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.winner import halved
+from benchmarks.worker import machine
+from trainer.backbones import as_fed
+from trainer.config import TrainConfig
+from trainer.data.dataset import ImageDataset, channel_statistics
+from trainer.data.fashion_mnist import load as load_fashion
+from trainer.data.registry import load
+from trainer.device import DevicePlan
+from trainer.evaluate import evaluate
+from trainer.export.safetensors import weights_to_bytes
+from trainer.loop import train
+from trainer.pretraining import PretrainConfig, pretrain
+
+RESULT = Path(__file__).with_suffix(".json")
+PLAN = DevicePlan(device="cpu", num_threads=1, channels_last=True)
+SEEDS = {"resnet8": 5, "resnet20": 5, "resnet18": 3}
+PRETRAINING = {"resnet8": (54_000, 5), "resnet20": (54_000, 3), "resnet18": (10_000, 3)}
+"""Images, epochs."""
+FEW = (5, 20, 100)
+RATES = (1e-3, 3e-3, 1e-2)
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "from scratch": {},
+    "frozen": {"trainable": "head"},
+    "last stage": {"trainable": "last1"},
+    "whole, backbone_lr 0.1": {"backbone_lr": 0.1},
+    "gradual": {"trainable": "gradual"},
+}
+ONE_PERCENT = 600
+
+
+def few_of_each(data: ImageDataset, number: int, seed: int) -> ImageDataset:
+    """The data with so many training images of each class, and their own statistics."""
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
+    labels = data.train.labels[order]
+    chosen = torch.cat([order[labels == label][:number] for label in range(data.num_classes)])
+    part = data.train.take(chosen)
+    mean, std = channel_statistics(part.images)
+    return dataclasses.replace(data, train=part, mean=mean, std=std)
+
+
+def save(model: torch.nn.Module, data: ImageDataset, folder: Path) -> Path:
+    """Weights as an export has them."""
+    folder.mkdir()
+    content = weights_to_bytes(model, mean=data.mean, std=data.std)
+    (folder / "model.safetensors").write_bytes(content)
+    return folder
+
+
+def compare(
+    arms: Mapping[str, Mapping[str, Any]], sets: Sequence[ImageDataset], epochs: int, backbone: str
+) -> dict[str, Any]:
+    """Each arm on each of the data sets, which differ in their seed; its best learning rate's."""
+    found = {}
+    for name, fields in arms.items():
+        tried = {}
+        for lr in RATES:
+            reports = []
+            for seed, data in enumerate(sets):
+                config = TrainConfig.from_dict(
+                    {"backbone": backbone, "epochs": epochs, "batch_size": 32, "lr": lr,
+                     "schedule": "cosine", "seed": seed, **fields}
+                )  # fmt: skip
+                started = time.perf_counter()
+                (*_, last) = train(config, data, PLAN)
+                reports.append((config, data, last, time.perf_counter() - started))
+            tried[lr] = reports
+        best = max(RATES, key=lambda lr: statistics.fmean(r[2].val_accuracy for r in tried[lr]))
+        test = []
+        for config, data, last, _ in tried[best]:
+            fed = as_fed(config, data)
+            model, split = last.state.model, data.open_test()
+            test.append(evaluate(model, split, PLAN, mean=fed.mean, std=fed.std).accuracy)
+        found[name] = {
+            "lr": best,
+            "test": test,
+            "mean": statistics.fmean(test),
+            "std": statistics.stdev(test),
+            "seconds": statistics.fmean(r[3] for r in tried[best]),
+        }
+        shown = found[name]
+        print(f"  {name:24s} {shown['mean']:.4f} +- {shown['std']:.4f} (lr {best})", flush=True)
+    return found
+
+
+def small_fashion(num_images: int | None = None) -> ImageDataset:
+    """Fashion-MNIST at 14x14 pixels."""
+    whole = load_fashion(seed=0)
+    train_split = whole.train if num_images is None else whole.train.take(range(num_images))
+    train_split, val = halved(train_split), halved(whole.val)
+    mean, std = channel_statistics(train_split.images)
+    return dataclasses.replace(
+        whole, train=train_split, val=val, mean=mean, std=std,
+        open_test=lambda: halved(whole.open_test()),
+    )  # fmt: skip
+
+
+def labelled() -> dict[str, Any]:
+    """Pretrained here on Fashion-MNIST with its labels, tuned on few digits."""
+    found: dict[str, Any] = {}
+    digits = load("digits", seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        for backbone, (num_images, epochs) in PRETRAINING.items():
+            source = small_fashion(num_images)
+            config = TrainConfig(backbone=backbone, epochs=epochs, lr=1e-2)
+            (*_, last) = train(config, source, PLAN)
+            print(f"{backbone}: {last.val_accuracy:.4f} on Fashion-MNIST", flush=True)
+            weights = save(last.state.model, source, Path(folder, backbone))
+            found[backbone] = {"pretrained to": last.val_accuracy, "images a class": {}}
+            arms = {
+                name: {**fields, **({"weights": str(weights)} if fields else {})}
+                for name, fields in ARMS.items()
+            }
+            for number in FEW:
+                print(f"{backbone}, {number} images a class", flush=True)
+                sets = [few_of_each(digits, number, seed) for seed in range(SEEDS[backbone])]
+                passes = max(10, min(40, 6_000 // (10 * number)))
+                found[backbone]["images a class"][number] = compare(arms, sets, passes, backbone)
+    return found
+
+
+def unlabelled() -> dict[str, Any]:
+    """SimCLR and MoCo on all images without labels, then 600 labelled ones."""
+    backbone, source = "resnet8", small_fashion()
+    whole = source.with_validation_in_training()
+    arms: dict[str, Mapping[str, Any]] = {"from scratch": {}}
+    found: dict[str, Any] = {"images": len(whole.train)}
+    with tempfile.TemporaryDirectory() as folder:
+        for method in ("simclr", "moco"):
+            config = PretrainConfig(backbone=backbone, method=method, epochs=8)
+            for report in pretrain(config, whole, PLAN):
+                print(f"{method}: epoch {report.epoch}, loss {report.loss:.3f}", flush=True)
+            found[method] = {"loss": report.loss, "seconds": report.seconds}
+            weights = str(save(report.state.backbone, whole, Path(folder, method)))
+            arms[f"{method}, frozen"] = {"weights": weights, "trainable": "head"}
+            arms[f"{method}, whole, backbone_lr 0.1"] = {"weights": weights, "backbone_lr": 0.1}
+        sets = [few_of_each(source, ONE_PERCENT // 10, seed) for seed in range(5)]
+        found["arms"] = compare(arms, sets, 30, backbone)
+    return found
+
+
+def main() -> None:
+    """One part, kept beside the other."""
+    parts = {"labelled": labelled, "unlabelled": unlabelled}
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.transfer")
+    parser.add_argument("part", choices=sorted(parts))
+    part = parser.parse_args().part
+    torch.set_num_threads(1)
+    found = parts[part]()
+    kept = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    kept[part] = {"machine": machine(), **found}
+    RESULT.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
