@@ -44,6 +44,10 @@ class Pulse:
     signalled: bool = False
     taken: bool = False
 
+    def wait(self) -> None:
+        """Called while the training waits for the database: it doesn't hang."""
+        self.last_beat = time.monotonic()
+
     def beat(self) -> None:
         """Called before each batch. Raises Leave or TrialTaken where the training must end."""
         self.last_beat = time.monotonic()
@@ -123,6 +127,7 @@ class Worker:
         database.open()
         database.patience_seconds = OUTAGE_SECONDS
         database.cancelled = self._pulse.leaving
+        database.while_waiting = self._pulse.wait
         ensure_tables(database)
         record = find_study(database, study_name)
         self._spec = StudySpec.from_json(record.spec)

@@ -74,6 +74,8 @@ class Database:
         self.patience_seconds = FIRST_ANSWER_SECONDS
         self.cancelled = threading.Event()
         """Set: no more waiting, what fails now has failed."""
+        self.while_waiting: Callable[[], None] = lambda: None
+        """Called about once a second by whoever waits for the database."""
         self.pool: sqlalchemy_pool.Pool = sqlalchemy_pool.QueuePool(
             self._connect, pool_size=1, max_overflow=2, pre_ping=True, timeout=60, use_lifo=True
         )
@@ -121,11 +123,18 @@ class Database:
                 if not told and pause > 0.5:
                     told = True
                     logger.warning("waiting for the database: %s", reason)
-                self.cancelled.wait(pause * random.uniform(0.5, 1.0))
+                self._pause(pause * random.uniform(0.5, 1.0))
                 pause = min(2 * pause, 5.0)
                 if self.embedded is not None:
                     with contextlib.suppress(DatabaseUnreachable):
                         self.embedded.ensure()
+
+    def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        self.while_waiting()
+        while (left := deadline - time.monotonic()) > 0 and not self.cancelled.is_set():
+            self.cancelled.wait(min(left, 1.0))
+            self.while_waiting()
 
     def _connect(self) -> psycopg2.extensions.connection:
         psycopg2.extensions.set_wait_callback(_wait)

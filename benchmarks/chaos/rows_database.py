@@ -20,6 +20,8 @@ def postgres_restarted(arena: Arena, long: bool) -> Iterator[Finding]:
     budget, workers = (200, 4) if long else (20, 4)
     with arena.stage(FaultPlan(folder="", leg_seconds=0.8)) as stage:
         launcher = stage.launch(trials=budget, workers=workers, epochs=5)
+        # a launcher that finds no database for ten seconds at its start says so and ends
+        wait_for("a trial has begun", lambda: stage.witness("bound"), seconds=240)
         modes = iter(("fast", "immediate") * 1000)
         repeat(
             lambda: stage.restart_postgres(next(modes)),

@@ -1,7 +1,9 @@
 """The thread that renews a worker's lease."""
 
 import itertools
+import json
 import time
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -11,6 +13,7 @@ from hpo.spec import StudySpec
 from hpo.worker import LeaseKeeper, Pulse
 from storage import leases
 from storage.leases import Renewal
+from tests.parts import Hpo, TcpPostgres
 
 SPEC = StudySpec(
     data="digits",
@@ -42,3 +45,23 @@ def test_a_renewal_that_failed_is_tried_again_well_before_the_lease_ends(
     pauses = [after - before for before, after in itertools.pairwise(calls)]
     assert max(pauses[:3]) < 0.9 < 1.0 <= pauses[3]
     assert caplog.messages == ["can't renew the lease now: too many clients"]
+
+
+def test_a_training_that_waits_for_the_database_longer_than_a_stall_does_not_hang(
+    tcp_postgres: TcpPostgres, tmp_path: Path
+) -> None:
+    hpo = Hpo(tmp_path, {"HPO_STORAGE": tcp_postgres.url, "HPO_STALL_SECONDS": "2",
+                         "HPO_LEASE_SECONDS": "2"})  # fmt: skip
+    launcher = hpo.start(
+        "launch", "--trials", "1", "--epochs", "60", "--backbone", "smallcnn", "--workers", "1"
+    )
+    while not json.loads(hpo.run("status", "--json").stdout or "{}").get("running"):
+        assert launcher.poll() is None
+    tcp_postgres.stop("immediate")
+    time.sleep(6)
+    tcp_postgres.start()
+    _, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, err
+    assert "starting another" not in err
+    (trial,) = json.loads(hpo.run("trials", "--json").stdout)
+    assert (trial["state"], trial["attempts"]) == ("COMPLETE", 1)

@@ -1,3 +1,4 @@
+import itertools
 import socket
 import threading
 import time
@@ -108,6 +109,17 @@ def test_a_call_is_tried_again_after_a_restart(tcp_postgres: TcpPostgres) -> Non
 
     assert database.patiently(ask) == 42
     database.engine.dispose()
+
+
+def test_whoever_waits_for_the_database_is_heard_of_each_second() -> None:
+    database = Database(f"postgresql://127.0.0.1:{free_port()}/x")
+    database.patience_seconds = 7.0  # the pauses between tries have grown to seconds by then
+    heard = [time.monotonic()]
+    database.while_waiting = lambda: heard.append(time.monotonic())
+    with pytest.raises(DatabaseUnreachable):
+        database.open()
+    assert len(heard) > 5
+    assert max(after - before for before, after in itertools.pairwise(heard)) < 1.6
 
 
 def test_an_error_of_our_own_is_not_tried_again(database: Database) -> None:
