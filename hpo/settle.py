@@ -15,7 +15,7 @@ from hpo.quantities import parse_duration
 from hpo.rungs import first_rung
 from hpo.space import SearchSpace, default_space
 from hpo.spec import StudySpec
-from trainer.config import ConfigError, TrainConfig
+from trainer.config import TrainConfig
 from trainer.data.options import DataOptions, Progress
 
 if TYPE_CHECKING:
@@ -24,13 +24,11 @@ if TYPE_CHECKING:
 
 def check_backbones(fields: Mapping[str, Any]) -> None:
     """Raises ConfigError for a backbone that there is not."""
-    from trainer.backbones import BACKBONES
-    from trainer.config import unknown_name
+    from trainer.backbones import find_backbone
 
     named = fields.get("backbone", ())
     for name in named if isinstance(named, tuple) else (named,):
-        if name not in BACKBONES:
-            raise ConfigError(unknown_name("backbone", name, BACKBONES))
+        find_backbone(name)
 
 
 def settle(

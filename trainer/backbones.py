@@ -1,7 +1,6 @@
 """BACKBONES: networks by name, for any number of channels, small images included."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,14 +9,13 @@ from torchvision import models
 
 from trainer.config import ConfigError, TrainConfig, unknown_name
 from trainer.data.dataset import ImageDataset
+from trainer.foreign import Backbone, Maker, Shape, own_backbone, timm_backbone
 from trainer.heads import freeze, widen_head
 from trainer.seeds import own_randomness
 from trainer.weights import load_weights, starting_weights, with_statistics_of
 
 SMALL_SIDE = 64
 """Up to this many pixels, torchvision's networks get the small-image stem."""
-
-Shape = tuple[int, int, int]
 
 
 def build(config: TrainConfig, *, input_size: Shape, num_classes: int) -> nn.Module:
@@ -28,9 +26,7 @@ def build(config: TrainConfig, *, input_size: Shape, num_classes: int) -> nn.Mod
     torchvision where they fit. Raises ConfigError if the name is unknown, the image too small, or
     the weights aren't there or are another network's.
     """
-    if config.backbone not in BACKBONES:
-        raise ConfigError(unknown_name("backbone", config.backbone, BACKBONES))
-    backbone = BACKBONES[config.backbone]
+    backbone = find_backbone(config.backbone)
     if min(input_size[1:]) < backbone.min_side:
         size = "x".join(map(str, input_size))
         raise ConfigError(
@@ -51,10 +47,22 @@ def as_fed(config: TrainConfig, data: ImageDataset) -> ImageDataset:
 
     Raises ConfigError if the backbone is unknown or its weights can't be read.
     """
-    if config.backbone not in BACKBONES:
-        raise ConfigError(unknown_name("backbone", config.backbone, BACKBONES))
-    published = BACKBONES[config.backbone].weights
+    published = find_backbone(config.backbone).weights
     return with_statistics_of(starting_weights(config, published), data)
+
+
+def find_backbone(name: str) -> Backbone:
+    """A name of BACKBONES, timm:NAME, or package:function for one of the user's own.
+
+    Raises ConfigError if there is none.
+    """
+    if name.startswith("timm:"):
+        return timm_backbone(name.removeprefix("timm:"))
+    if ":" in name:
+        return own_backbone(name)
+    if name not in BACKBONES:
+        raise ConfigError(unknown_name("backbone", name, BACKBONES))
+    return BACKBONES[name]
 
 
 def _smallcnn(input_size: Shape, num_classes: int, dropout: float) -> nn.Module:
@@ -103,7 +111,7 @@ class _Block(nn.Module):
         return functional.relu(inner + x, inplace=True)
 
 
-def _cifar_resnet(num_blocks: int) -> "Maker":
+def _cifar_resnet(num_blocks: int) -> Maker:
     """The ResNet of 6 num_blocks + 2 layers, 16, 32, 64 channels (He et al. 2016, 4.2)."""
 
     def make(input_size: Shape, num_classes: int, dropout: float) -> nn.Module:
@@ -133,7 +141,7 @@ def _init_convolutions(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def _resnet(constructor: Callable[..., Any]) -> "Maker":
+def _resnet(constructor: Callable[..., Any]) -> Maker:
     def make(input_size: Shape, num_classes: int, dropout: float) -> nn.Module:
         model = constructor(num_classes=num_classes)
         small = _is_small(input_size)
@@ -148,7 +156,7 @@ def _resnet(constructor: Callable[..., Any]) -> "Maker":
     return make
 
 
-def _mobile(constructor: Callable[..., Any]) -> "Maker":
+def _mobile(constructor: Callable[..., Any]) -> Maker:
     """MobileNetV3 and EfficientNet: the same stem, and a dropout of their own."""
 
     def make(input_size: Shape, num_classes: int, dropout: float) -> nn.Module:
@@ -164,7 +172,7 @@ def _mobile(constructor: Callable[..., Any]) -> "Maker":
     return make
 
 
-def _convnext(constructor: Callable[..., Any]) -> "Maker":
+def _convnext(constructor: Callable[..., Any]) -> Maker:
     """ConvNeXt; its patches are 2x2 instead of 4x4 on small images."""
 
     def make(input_size: Shape, num_classes: int, dropout: float) -> nn.Module:
@@ -186,22 +194,6 @@ def _is_small(input_size: Shape) -> bool:
 def _module(model: Any) -> nn.Module:
     assert isinstance(model, nn.Module)
     return model
-
-
-Maker = Callable[[Shape, int, float], nn.Module]
-"""(C,H,W), number of classes, dropout -> network with random weights."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Backbone:
-    """How a network is made, the least side of an image in pixels, its published weights."""
-
-    make: Maker
-    stages: tuple[tuple[str, ...], ...]
-    """Names of the modules of each stage, from the image to the head: a stage ends where the
-    picture gets smaller."""
-    min_side: int = 8
-    weights: Any = None
 
 
 _RESNET_STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))

@@ -49,7 +49,8 @@ class TrainConfig:
     """
 
     backbone: str = "resnet8"
-    """Name of the network, a key of trainer.backbones.BACKBONES."""
+    """Name of the network: a key of trainer.backbones.BACKBONES, timm:NAME, or package:function
+    of one's own."""
     pretrained: bool = False
     """Start from torchvision's published weights, fed with their mean and standard deviation."""
     weights: str = ""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.backbones import Shape, build
+from trainer.backbones import build
 from trainer.config import ConfigError, TrainConfig, unknown_name
+from trainer.foreign import Shape
 from trainer.memory import micro_batch_that_fits
 from trainer.optim import make_optimizer
 from trainer.seeds import own_randomness

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from trainer.config import TrainConfig
+from trainer.config import ConfigError, TrainConfig
 from trainer.data.dataset import ImageDataset, Split
 from trainer.device import DevicePlan
 from trainer.evaluate import classify
@@ -27,7 +27,9 @@ class FeatureSplit(Split):
 def trains_on_features(config: TrainConfig) -> bool:
     """Whether each epoch would show the same pictures to the same frozen network."""
     changes = (config.flip, config.translate, config.rotation, config.cutout)
-    return config.trainable == "head" and not any(changes)
+    # other people's networks may drop out where we don't see it
+    known = ":" not in config.backbone or config.dropout == 0
+    return config.trainable == "head" and known and not any(changes)
 
 
 def as_features(
@@ -93,5 +95,7 @@ def _features(source: _Source) -> tuple[Tensor, Tensor]:
     finally:
         model.set_submodule(name, head)
     assert train is not None
+    if train.ndim != 2:
+        raise ConfigError(f"a head that takes {tuple(train.shape[1:])} can't be trained alone")
     val = train[:0] if val is None else val
     return train[:, :, None, None], val[:, :, None, None]

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from trainer.backbones import Shape, build
+from trainer.backbones import build
 from trainer.config import TrainConfig
 from trainer.device import DevicePlan, prepare
+from trainer.foreign import Shape
 
 _LEAST_RUNS, _MOST_RUNS = 5, 50
 _TIMED_SECONDS = 0.5

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.augment import augment
-from trainer.backbones import BACKBONES, as_fed
+from trainer.backbones import as_fed, find_backbone
 from trainer.config import DataError, TrainConfig, TrainingDiverged
 from trainer.data.dataset import ImageDataset, Split
 from trainer.device import DevicePlan
@@ -212,7 +212,7 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> Tensor:
 
 def thaw(state: TrainState, progress: float) -> None:
     """Have the stages trained that are due at this share of all steps."""
-    stages = BACKBONES[state.config.backbone].stages
+    stages = find_backbone(state.config.backbone).stages
     freeze(state.model, state.config.trainable, stages, progress)
 
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from trainer.backbones import Shape
 from trainer.config import OutOfMemory, TrainConfig
+from trainer.foreign import Shape
 
 SMALLEST = 2
 """Images of a micro-batch at least: batch norm can't take one."""

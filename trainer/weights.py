@@ -66,10 +66,11 @@ def load_weights(model: nn.Module, weights: Weights, *, stem: tuple[str, ...]) -
     layer differs.
     """
     own, head = model.state_dict(), head_name(model)
+    first = next((key for key, tensor in own.items() if tensor.ndim == 4), "")
     fitting, differing = {}, []
     for key, tensor in own.items():
         given = weights.tensors.get(key)
-        if given is not None and given.shape != tensor.shape and is_below(key, stem):
+        if given is not None and (key == first or is_below(key, stem)):
             given = _with_channels(given, tensor)
         if is_below(key, (head,)):
             continue
@@ -190,7 +191,8 @@ def _with_channels(given: Tensor, own: Tensor) -> Tensor:
 
     given, own: (out,in,kH,kW); the answer has own's `in` if all else is the same.
     """
-    if given.ndim != 4 or given.shape[0] != own.shape[0] or given.shape[2:] != own.shape[2:]:
+    same_but_for_channels = given.shape[:1] + given.shape[2:] == own.shape[:1] + own.shape[2:]
+    if given.shape == own.shape or given.ndim != 4 or not same_but_for_channels:
         return given
     return given.sum(dim=1, keepdim=True).div(own.shape[1]).expand_as(own).clone()
 
