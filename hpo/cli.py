@@ -88,6 +88,14 @@ def launch(
         str | None, typer.Option(metavar="A,B", help="Backbones to choose among.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the study.  [default: 0]")] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            help="Validate on K parts of train and validation in turn, at K times the cost.  "
+            "[default: one split]",
+        ),
+    ] = None,
     timeout: Annotated[
         str | None, typer.Option(metavar="2h", help="Stop after 90s, 30m or 2h.")
     ] = None,
@@ -126,6 +134,7 @@ def launch(
         space=space,
         backbones=backbone,
         seed=seed,
+        folds=folds,
         workers=workers,
         devices=devices,
         timeout_seconds=(None if timeout is None else parse_duration("--timeout", timeout)),
@@ -371,6 +380,7 @@ def doctor(
     ] = None,
     space: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="As for launch.")] = None,
     backbone: Annotated[str | None, typer.Option(metavar="A,B", help="As for launch.")] = None,
+    folds: Annotated[int | None, typer.Option(metavar="K", help="As for launch.")] = None,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
@@ -389,6 +399,7 @@ def doctor(
         devices=devices,
         space=space,
         backbones=backbone,
+        folds=folds,
     )
     found = []
     with reading_bar(sys.stderr) as progress:
