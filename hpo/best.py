@@ -216,6 +216,7 @@ def _search(study: StudySnapshot, spec: StudySpec) -> dict[str, Any]:
         "num_epochs": num_epochs(study),
         "seconds": study.seconds,
         "space": spec.space.to_json(),
+        "folds": spec.folds,
     }
 
 

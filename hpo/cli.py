@@ -92,6 +92,14 @@ def launch(
         typer.Option(metavar="EXPORT|FILE", help="Start each trial from these weights."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the study.  [default: 0]")] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            help="Validate on K parts of train and validation in turn, at K times the cost.  "
+            "[default: one split]",
+        ),
+    ] = None,
     timeout: Annotated[
         str | None, typer.Option(metavar="2h", help="Stop after 90s, 30m or 2h.")
     ] = None,
@@ -131,6 +139,7 @@ def launch(
         backbones=backbone,
         weights=weights,
         seed=seed,
+        folds=folds,
         workers=workers,
         devices=devices,
         timeout_seconds=(None if timeout is None else parse_duration("--timeout", timeout)),
@@ -376,6 +385,7 @@ def doctor(
     ] = None,
     space: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="As for launch.")] = None,
     backbone: Annotated[str | None, typer.Option(metavar="A,B", help="As for launch.")] = None,
+    folds: Annotated[int | None, typer.Option(metavar="K", help="As for launch.")] = None,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
@@ -394,6 +404,7 @@ def doctor(
         devices=devices,
         space=space,
         backbones=backbone,
+        folds=folds,
     )
     found = []
     with reading_bar(sys.stderr) as progress:

@@ -29,6 +29,7 @@ from trainer.data.options import Progress
 from trainer.data.registry import settled_source
 
 if TYPE_CHECKING:
+    from hpo.folding import EpochWork
     from trainer.data.dataset import ImageDataset
     from trainer.speed import Speed
 
@@ -78,9 +79,13 @@ def examine(
 
     yield from _guarded("data", data)
     if settled:
+        from hpo.folding import work_of_an_epoch
+
         spec, dataset = settled[0]
-        yield from _space(spec, dataset)
-        yield from _guarded("speed", lambda: _speed(spec, dataset, options))
+        work = work_of_an_epoch(dataset, folds=spec.folds, seed=spec.seed)
+        yield from _folds(spec, work)
+        yield from _space(spec, dataset, work)
+        yield from _guarded("speed", lambda: _speed(spec, options, work))
 
 
 def _guarded(about: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -173,9 +178,21 @@ def _data(data: "ImageDataset") -> Iterator[Finding]:
         )
 
 
-def _space(spec: StudySpec, data: "ImageDataset") -> Iterator[Finding]:
+def _folds(spec: StudySpec, work: "EpochWork") -> Iterator[Finding]:
+    """What validation on parts in turn costs."""
+    if spec.folds is not None:
+        yield Finding(
+            about="folds",
+            level="ok",
+            text=f"a trial trains {spec.folds} models, each on {work.num_train:,} images or more, "
+            f"and is validated on all {work.num_checked:,}: its epochs cost {spec.folds} times "
+            "those of one model",
+        )
+
+
+def _space(spec: StudySpec, data: "ImageDataset", work: "EpochWork") -> Iterator[Finding]:
     """Fields that can't matter, batches that can't be."""
-    idle = [*_without_choice(spec), *_beyond_the_data(spec, data)]
+    idle = [*_without_choice(spec), *_beyond_the_data(spec, data, work.num_train)]
     if not spec.space.searched:
         idle.append("nothing is searched: all is fixed")
     for words in idle:
@@ -192,7 +209,7 @@ def _without_choice(spec: StudySpec) -> Iterator[str]:
             yield f"{name} can only be {what.low:g}"
 
 
-def _beyond_the_data(spec: StudySpec, data: "ImageDataset") -> Iterator[str]:
+def _beyond_the_data(spec: StudySpec, data: "ImageDataset", num_train: int) -> Iterator[str]:
     space, side = spec.space, min(data.input_size[1:])
     if min(space.choices("patience")) >= spec.epochs:
         yield f"patience is never used up in {spec.epochs} epochs"
@@ -200,16 +217,16 @@ def _beyond_the_data(spec: StudySpec, data: "ImageDataset") -> Iterator[str]:
         if space.largest(name) >= bound:
             yield f"{name} of {space.largest(name)} can hide all of an image of {side} pixels"
     largest = int(space.largest("batch_size"))
-    if largest > len(data.train):
-        yield f"a batch of {largest} is more than the {len(data.train)} images there are"
+    if largest > num_train:
+        yield f"a batch of {largest} is more than the {num_train} images there are"
 
 
-def _speed(spec: StudySpec, data: "ImageDataset", options: LaunchOptions) -> Iterator[Finding]:
+def _speed(spec: StudySpec, options: LaunchOptions, work: "EpochWork") -> Iterator[Finding]:
     """Images per second of each backbone with all workers busy, and when the study ends."""
     from trainer.device import available_devices
 
     devices = worker_devices(available_devices(), options.devices, options.workers)
-    yield from _hardware(devices, data)
+    yield from _hardware(devices, work.image_bytes)
     paces: dict[str, Pace] = {}
     for backbone in spec.space.choices("backbone"):
         found = _measure_together(spec, backbone, devices)
@@ -229,7 +246,7 @@ def _speed(spec: StudySpec, data: "ImageDataset", options: LaunchOptions) -> Ite
             about="speed",
             level="ok",
             text=f"{backbone}: {pace.train:,.0f} images/s a worker with {len(devices)} at work, "
-            f"{len(data.train) / pace.train:,.0f} s an epoch ({one.precision}{layout}{split})",
+            f"{work.num_trained / pace.train:,.0f} s an epoch ({one.precision}{layout}{split})",
         )
     if paces:
         num_trials = options.trials or DEFAULT_BUDGET
@@ -237,8 +254,8 @@ def _speed(spec: StudySpec, data: "ImageDataset", options: LaunchOptions) -> Ite
             spec,
             num_trials=num_trials,
             num_workers=len(devices),
-            num_train=len(data.train),
-            num_val=len(data.val),
+            num_train=work.num_trained,
+            num_val=work.num_checked,
             paces=paces,
         )
         yield Finding(about="end", level="ok", text=_end(end, num_trials, len(devices)))
@@ -251,7 +268,8 @@ def _end(end: Forecast, num_trials: int, num_workers: int) -> str:
     )
 
 
-def _hardware(devices: Sequence[str], data: "ImageDataset") -> Iterator[Finding]:
+def _hardware(devices: Sequence[str], images: int) -> Iterator[Finding]:
+    """images: bytes of those that a worker holds."""
     import torch
 
     for device in dict.fromkeys(devices):
@@ -270,7 +288,6 @@ def _hardware(devices: Sequence[str], data: "ImageDataset") -> Iterator[Finding]
         words = f"{devices.count('cpu')} workers on {num_cores()} cores are slower than one a core"
         yield Finding(about="workers", level="warning", text=words)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    images = data.train.images.nbytes + data.val.images.nbytes
     wanted = len(devices) * (images + 2**30)
     yield Finding(
         about="memory",

@@ -3,13 +3,14 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
+from hpo.folding import bytes_beside_a_model, folds_of
 from hpo.rungs import is_rung, judge
 from hpo.spec import StudySpec
 from storage.checkpoints import Checkpoints
@@ -18,6 +19,7 @@ from storage.studies import OpenStudy
 from trainer.config import ConfigError, TrainConfig, TrainingFailure
 from trainer.data.dataset import ImageDataset
 from trainer.device import DevicePlan, choose_plan
+from trainer.folds import FoldsReport, train_folds
 from trainer.footprint import Footprint, measure_footprint
 from trainer.loop import ProgressReport, train
 from trainer.state import CheckpointError, read_history
@@ -119,16 +121,7 @@ class TrialRun:
             outcome = self._too_large(config)
         if outcome is not None:
             return outcome
-        plan = self._plan(config)
-        reports = train(
-            config,
-            self._data,
-            plan,
-            resume=resume,
-            pulse=self._pulse,
-            try_averages=self._attributes.get("try_averages", ()),
-        )
-        with contextlib.closing(reports):
+        with contextlib.closing(self._reports(config, self._plan(config), resume)) as reports:
             for report in reports:
                 self._save(report)
                 self._report(report.to_dict())
@@ -136,6 +129,25 @@ class TrialRun:
                 if outcome is not None:
                     return outcome
         raise AssertionError("a training's last report says that it is the last")
+
+    def _reports(
+        self, config: TrainConfig, plan: DevicePlan, resume: bytes | None
+    ) -> Generator[ProgressReport, None, None] | Generator[FoldsReport, None, None]:
+        """The training: of one model, or of one for each of the study's folds."""
+        averages = self._attributes.get("try_averages", ())
+        folds = folds_of(self._spec, self._data, plan.device)
+        if not folds:
+            return train(
+                config,
+                self._data,
+                plan,
+                resume=resume,
+                pulse=self._pulse,
+                try_averages=averages,
+            )
+        return train_folds(
+            config, folds, plan, resume=resume, pulse=self._pulse, try_averages=averages
+        )
 
     def _too_large(self, config: TrainConfig) -> Outcome | None:
         """The end of a trial whose model breaks a limit, before an epoch is spent on it."""
@@ -168,7 +180,7 @@ class TrialRun:
             input_size=self._data.input_size,
             num_classes=self._data.num_classes,
             device=self._device,
-            data_bytes=self._data.train.images.nbytes + self._data.val.images.nbytes,
+            data_bytes=bytes_beside_a_model(self._spec, config, self._data, self._device),
         )
 
         def note() -> None:
@@ -250,7 +262,7 @@ class TrialRun:
             self._do_without_checkpoints(error)
         return None
 
-    def _save(self, report: ProgressReport) -> None:
+    def _save(self, report: ProgressReport | FoldsReport) -> None:
         if self._checkpoints is None:
             return
         try:

@@ -8,7 +8,7 @@ from typing import Any
 from hpo.errors import UsageError
 from hpo.limits import Limits
 from hpo.space import SearchSpace, read_space
-from hpo.spec import check_study_name
+from hpo.spec import check_folds, check_study_name
 from trainer.data.options import DataOptions
 
 
@@ -27,6 +27,7 @@ class LaunchOptions:
     backbones: str | None = None
     weights: Path | None = None
     seed: int | None = None
+    folds: int | None = None
     workers: str = "auto"
     devices: str | None = None
     timeout_seconds: float | None = None
@@ -39,6 +40,7 @@ class LaunchOptions:
             raise UsageError(f"--epochs must be between 1 and 100000, got {self.epochs}")
         if self.seed is not None and not 0 <= self.seed < 2**31:
             raise UsageError(f"--seed must be >= 0 and below 2147483648, got {self.seed}")
+        check_folds(self.folds)
         if self.study is not None:
             check_study_name(self.study)
         DataOptions(**self.given_data_options())

@@ -72,7 +72,9 @@ def replay_trial(
     UsageError if there is no such trial, its data has changed, or this machine has no device of
     its kind; NoTrialError if it has no report to compare with.
     """
+    from hpo.folding import folds_of
     from trainer.device import DevicePlan
+    from trainer.folds import train_folds
     from trainer.loop import train
 
     trial = _the_trial(database, record, number)
@@ -84,7 +86,9 @@ def replay_trial(
     plan = DevicePlan.from_dict({**trial.attributes["plan"], "device": _same_kind_of_device(trial)})
     data = spec.load_data()
     replayed = []
-    with contextlib.closing(train(config, data, plan)) as reports:
+    folds = folds_of(spec, data, plan.device)
+    training = train_folds(config, folds, plan) if folds else train(config, data, plan)
+    with contextlib.closing(training) as reports:
         try:
             for report in reports:
                 say(f"epoch {report.epoch:g} of {steps[-1] / STEPS_PER_EPOCH:g}")

@@ -38,6 +38,7 @@ def settle(
 
     fields: of the space, as options give them. Raises UsageError, ConfigError or DataError.
     """
+    from hpo.folding import work_of_an_epoch
     from trainer.data.registry import load
     from trainer.device import available_devices
     from trainer.weights import digest
@@ -46,9 +47,11 @@ def settle(
     data_options = DataOptions(**options.given_data_options())
     dataset = load(data, seed=seed, options=data_options, progress=progress)
     weights = {path: digest(Path(path)) for path in _choices(fields, "weights") if path}
+    work = work_of_an_epoch(dataset, folds=options.folds, seed=seed)
+    _check_memory(work.image_bytes, options)
     space = default_space(
         input_size=dataset.input_size,
-        num_train=len(dataset.train),
+        num_train=work.num_train,
         flips=dataset.flips,
         num_cores=num_cores() if available_devices() == ["cpu"] else None,
     )
@@ -61,10 +64,11 @@ def settle(
         fingerprint=dataset.fingerprint,
         space=space,
         seed=seed,
+        folds=options.folds,
         limits=options.limits,
         weights=weights,
         first_rung=first_rung(
-            num_train=len(dataset.train), largest_batch=int(space.largest("batch_size"))
+            num_train=work.num_train, largest_batch=int(space.largest("batch_size"))
         ),
         lease_seconds=_seconds("HPO_LEASE_SECONDS", StudySpec.lease_seconds),
         stall_seconds=_seconds("HPO_STALL_SECONDS", StudySpec.stall_seconds),
@@ -100,6 +104,16 @@ def _check_weights(space: SearchSpace, data: "ImageDataset") -> None:
         if bool(weights) != bool(pretrained):
             config = TrainConfig(backbone=backbone, weights=weights, pretrained=pretrained)
             build(config, input_size=data.input_size, num_classes=data.num_classes)
+
+
+def _check_memory(image_bytes: int, options: LaunchOptions) -> None:
+    """Raises UsageError if folds, which can't be mapped, are larger than what a user allows."""
+    most = options.max_memory_bytes
+    if options.folds is not None and most is not None and image_bytes > most:
+        raise UsageError(
+            f"--folds keeps {image_bytes / 2**20:,.0f} MiB of images in each worker's memory, more "
+            f"than --max-memory: a smaller --image-size, or leave one of the two out"
+        )
 
 
 def _check_limits(limits: Limits, space: SearchSpace, data: "ImageDataset") -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trainer.data.dataset import ImageDataset
 
 VERSION = 2
+MOST_FOLDS = 20
 
 
 def program_versions() -> dict[str, str]:
@@ -44,6 +45,9 @@ class StudySpec:
     """How pictures are read: workers read them as the launcher did."""
     weights: Mapping[str, str] = field(default_factory=dict)
     """sha256 of each file or export that trials start from, by its path."""
+    folds: int | None = None
+    """Parts of train and validation, each of which validates a training on the others; None is one
+    validation split."""
     eta: int = 4
     """One in `eta` goes on at each rung."""
     lease_seconds: float = 30.0
@@ -55,6 +59,7 @@ class StudySpec:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise UsageError(f"--seed must be >= 0, got {self.seed}")
+        check_folds(self.folds)
         if not 0 < self.lease_seconds <= 3600:
             raise UsageError(f"a lease lasts up to an hour, got {self.lease_seconds} s")
 
@@ -107,8 +112,8 @@ class StudySpec:
     def differences(self, given: Mapping[str, Any]) -> list[str]:
         """Where options differ from this spec, in words.
 
-        given: `data`, `seed`, limits, fields of DataOptions and of the space; what is not in it is
-        not compared.
+        given: `data`, `seed`, `folds`, limits, fields of DataOptions and of the space; what is not
+        in it is not compared.
         """
         mine = {
             **self.space.fields,
@@ -116,12 +121,19 @@ class StudySpec:
             **self.limits.given(),
             "data": self.data,
             "seed": self.seed,
+            "folds": self.folds,
         }
         return [
             f"{name} is {mine.get(name)!r} there and {value!r} here"
             for name, value in given.items()
             if mine.get(name) != value
         ]
+
+
+def check_folds(folds: int | None) -> None:
+    """Raises UsageError if there can't be so many."""
+    if folds is not None and not 2 <= folds <= MOST_FOLDS:
+        raise UsageError(f"--folds must be between 2 and {MOST_FOLDS}, got {folds}")
 
 
 def check_study_name(name: str) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +26,8 @@ from trainer.state import STEPS_AN_EPOCH, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProgressReport:
-    """How far a training is."""
+class ReportValues:
+    """How far a training is, as plain values."""
 
     step: int
     """Quarter epochs done."""
@@ -50,13 +50,19 @@ class ProgressReport:
     """Why training ended before its last epoch."""
     averages: Mapping[str, float] = field(default_factory=dict)
     """Validation accuracy of each average that is kept; empty before the last epoch's end."""
-    state: TrainState = field(repr=False, compare=False)
-    """Valid until the next report is asked for."""
 
     def to_dict(self) -> dict[str, Any]:
         """All but the state, as plain values."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "state"]
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressReport(ReportValues):
+    """How far a training is, and its state."""
+
+    state: TrainState = field(repr=False, compare=False)
+    """Valid until the next report is asked for."""
 
 
 def train(
@@ -234,7 +240,8 @@ def make_report(
 ) -> ProgressReport:
     """The report of the leg just done, which joins the state's history."""
     last = state.step == state.config.epochs * STEPS_AN_EPOCH
-    reason = None if last else stop_reason(state, val.accuracy)
+    history = state.history
+    reason = None if last else stop_reason(state.config, history, state.step, val.accuracy)
     report = ProgressReport(
         step=state.step,
         epoch=state.step / STEPS_AN_EPOCH,
@@ -253,12 +260,19 @@ def make_report(
     return report
 
 
-def stop_reason(state: TrainState, val_accuracy: float) -> str | None:
-    """Early stopping: why the training should end with this validation accuracy, or None."""
-    best, patience = state.best_report(), state.config.patience
+def stop_reason(
+    config: TrainConfig, history: Sequence[Mapping[str, Any]], step: int, val_accuracy: float
+) -> str | None:
+    """Early stopping: why the training should end with this validation accuracy, or None.
+
+    history: the reports before, oldest first, of which the first best one counts.
+    """
+    known = [report for report in history if not math.isnan(report["val_accuracy"])]
+    best = max(known, key=lambda report: float(report["val_accuracy"]), default=None)
+    patience = config.patience
     if not patience or best is None or val_accuracy > best["val_accuracy"]:
         return None
-    if state.step - best["step"] < patience * STEPS_AN_EPOCH:
+    if step - best["step"] < patience * STEPS_AN_EPOCH:
         return None
     return (
         f"early stopping: no better validation accuracy than {best['val_accuracy']:.4f} "

@@ -2,8 +2,7 @@
 
 import dataclasses
 import io
-import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -23,6 +22,8 @@ _KEYS = {
     "config", "plan", "data_identity", "model", "optimizer", "averages", "step", "images_seen",
     "seconds", "history",
 }  # fmt: skip
+FOLDS_KEYS = {"config", "folds", "history"}
+"""Of several trainings that go on together (trainer.folds)."""
 
 
 class CheckpointError(ValueError):
@@ -119,11 +120,6 @@ class TrainState:
         """Whether the last report has been made."""
         return bool(self.history) and self.history[-1]["finished"] is True
 
-    def best_report(self) -> dict[str, Any] | None:
-        """The first of the reports with the best validation accuracy, None if there is none."""
-        known = [report for report in self.history if not math.isnan(report["val_accuracy"])]
-        return max(known, key=lambda report: float(report["val_accuracy"]), default=None)
-
     def _load(self, saved: dict[str, Any]) -> None:
         try:
             self.model.load_state_dict(saved["model"])
@@ -137,7 +133,7 @@ class TrainState:
 
 def read_history(content: bytes) -> list[dict[str, Any]]:
     """The reports made until this checkpoint, oldest first. Raises CheckpointError."""
-    history: list[dict[str, Any]] = _open(content)["history"]
+    history: list[dict[str, Any]] = open_checkpoint(content, _KEYS, FOLDS_KEYS)["history"]
     return history
 
 
@@ -146,22 +142,30 @@ def _identity(data: ImageDataset) -> list[Any]:
     return [data.fingerprint, len(data.train), len(data.val), *data.mean]
 
 
-def _open(content: bytes) -> dict[str, Any]:
+def open_checkpoint(content: bytes, *kinds: Set[str]) -> dict[str, Any]:
+    """What it holds. kinds: the keys that one of each kind has. Raises CheckpointError."""
     try:
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a broken file leads to
         raise CheckpointError("the checkpoint can't be read: it is broken") from error
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT or not _KEYS <= set(saved):
-        raise CheckpointError("the checkpoint can't be read: it has another format")
-    return saved
+    if isinstance(saved, dict) and saved.get("format") == FORMAT:
+        found: dict[str, Any] = saved
+        if any(keys <= set(found) for keys in kinds):
+            return found
+    raise CheckpointError("the checkpoint can't be read: it has another format")
+
+
+def check_config(saved: Mapping[str, Any], config: TrainConfig) -> None:
+    """Raises CheckpointError if a checkpoint's config is another."""
+    own = config.to_dict()
+    differing = [name for name in own if saved.get(name) != own[name]]
+    if differing:
+        raise CheckpointError(f"the checkpoint is of another config: {', '.join(differing)}")
 
 
 def _read(content: bytes, config: TrainConfig, data: ImageDataset) -> dict[str, Any]:
-    saved = _open(content)
-    own = config.to_dict()
-    differing = [name for name in own if saved["config"].get(name) != own[name]]
-    if differing:
-        raise CheckpointError(f"the checkpoint is of another config: {', '.join(differing)}")
+    saved = open_checkpoint(content, _KEYS)
+    check_config(saved["config"], config)
     if saved["data_identity"] != _identity(data):
         raise CheckpointError(f"the checkpoint is of other data than {data.name}")
     return saved

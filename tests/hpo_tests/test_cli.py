@@ -14,7 +14,7 @@ from tests.parts import PASSWORD, Hpo, TcpPostgres, free_port
 _COMMANDS = {
     "launch": {
         "--study", "--data", "--image-size", "--max-broken", "--max-memory", "--trials",
-        "--epochs", "--workers", "--devices", "--space", "--backbone", "--seed", "--timeout",
+        "--epochs", "--workers", "--devices", "--space", "--backbone", "--seed", "--folds", "--timeout",
         "--weights", "--max-params", "--max-megabytes", "--max-latency-ms", "--detach",
         "--storage", "--json",
     },
@@ -33,7 +33,7 @@ _COMMANDS = {
     },
     "doctor": {
         "--data", "--image-size", "--max-broken", "--trials", "--epochs", "--workers", "--devices",
-        "--space", "--backbone", "--storage", "--json",
+        "--space", "--backbone", "--folds", "--storage", "--json",
     },
     "replay": {"--trial", "--study", "--epochs", "--storage", "--json"},
     "predict": {"--format", "--json"},

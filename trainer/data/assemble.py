@@ -1,5 +1,6 @@
 """A data set made of a listing: pictures looked at, split, and kept as images in a cache."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -84,7 +85,7 @@ def load_pictures(
             later = Survey(seen={}, input_size=survey.input_size, decoders=working)
             return Split(_images(test, later, options, progress), _labels(test))
 
-    return make_dataset(
+    data = make_dataset(
         name=name,
         training=Split(images[: len(train)], _labels(train)),
         val=Split(images[len(train) :], _labels(val)),
@@ -95,6 +96,8 @@ def load_pictures(
         seed=seed,
         findings=findings,
     )
+    groups = torch.tensor([picture.group for picture in (*train, *val)])
+    return dataclasses.replace(data, groups=groups)
 
 
 def _sort_out(

@@ -73,6 +73,9 @@ class ImageDataset:
     """Reads the test split, which is read nowhere else."""
     findings: Findings = NOTHING_FOUND
     """What is odd in the source's pictures."""
+    groups: Tensor | None = None
+    """int64, of the train and then of the val images: those of one number are the same picture, or
+    nearly. None where nobody has looked."""
 
     def __post_init__(self) -> None:
         _check(len(self.train) > 0, f"{self.name}: no training images")
@@ -82,6 +85,11 @@ class ImageDataset:
         )
         for split in (self.train, self.val):
             check_split(split, self.input_size, self.num_classes)
+        num_images = len(self.train) + len(self.val)
+        _check(
+            self.groups is None or self.groups.shape == (num_images,),
+            f"{self.name}: a group is needed for each of {num_images} images",
+        )
         channels = self.input_size[0]
         _check(
             len(self.mean) == len(self.std) == channels and min(self.std) > 0,

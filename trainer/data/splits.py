@@ -33,18 +33,37 @@ def draw(
     """
     classes = labels.numpy()
     left = _quotas(np.bincount(classes), share)
-    order = np.argsort(np.random.PCG64(seed).random_raw(len(classes)), kind="stable")
-    together: dict[int, list[int]] = {}
-    for index in order.tolist():
-        together.setdefault(index if groups is None else int(groups[index]), []).append(index)
     drawn = np.zeros(len(classes), dtype=bool)
-    for members in together.values():
+    for members in _shuffled_groups(len(classes), seed, groups):
         wanted = Counter(classes[members].tolist())
         if all(left[label] >= number for label, number in wanted.items()):
             drawn[members] = True
             for label, number in wanted.items():
                 left[label] -= number
     return torch.from_numpy(np.flatnonzero(~drawn)), torch.from_numpy(np.flatnonzero(drawn))
+
+
+def draw_parts(
+    labels: Tensor, num_parts: int, seed: int, groups: NDArray[np.int64] | None = None
+) -> list[Tensor]:
+    """Indices of each of num_parts parts that hold all images once, each in rising order.
+
+    labels: int64 (N,). Each class, and all images together, are shared out evenly: numbers differ
+    by one at most. groups: (N,), images of the same number stay together, the largest groups are
+    dealt first. The order is that of PCG64's raw numbers, as for draw.
+    """
+    classes = labels.numpy()
+    held = np.zeros((num_parts, int(classes.max(initial=0)) + 1), dtype=np.int64)
+    part_of = np.empty(len(classes), dtype=np.int64)
+    dealt = sorted(
+        _shuffled_groups(len(classes), seed, groups), key=lambda m: (-len(m), classes[m[0]])
+    )
+    for members in dealt:
+        alike = held[:, classes[members]].sum(axis=1)
+        part = int(np.lexsort((held.sum(axis=1), alike))[0])
+        part_of[members] = part
+        np.add.at(held[part], classes[members], 1)
+    return [torch.from_numpy(np.flatnonzero(part_of == part)) for part in range(num_parts)]
 
 
 def draw_test(
@@ -98,6 +117,17 @@ def make_dataset(
         findings=findings,
     )
     return data
+
+
+def _shuffled_groups(
+    num_images: int, seed: int, groups: NDArray[np.int64] | None
+) -> list[list[int]]:
+    """The indices of each group, in the order of drawing; without groups each is alone."""
+    order = np.argsort(np.random.PCG64(seed).random_raw(num_images), kind="stable")
+    together: dict[int, list[int]] = {}
+    for index in order.tolist():
+        together.setdefault(index if groups is None else int(groups[index]), []).append(index)
+    return list(together.values())
 
 
 def _quotas(counts: "np.ndarray[tuple[int], np.dtype[np.int64]]", share: float) -> list[int]:

@@ -1,0 +1,183 @@
+"""train_folds: K trainings in lockstep, each validated on what the others train on."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import statistics
+from collections.abc import Callable, Collection, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from trainer.config import TrainConfig
+from trainer.data.dataset import ImageDataset
+from trainer.device import DevicePlan
+from trainer.evaluate import no_pulse
+from trainer.loop import ProgressReport, ReportValues, stop_reason, train
+from trainer.seeds import derived_seed
+from trainer.state import (
+    FOLDS_KEYS,
+    FORMAT,
+    STEPS_AN_EPOCH,
+    CheckpointError,
+    TrainState,
+    check_config,
+    open_checkpoint,
+)
+
+
+@dataclass(kw_only=True, eq=False)
+class FoldsState:
+    """The states of all folds at the same step, and the reports of all together."""
+
+    config: TrainConfig
+    states: Sequence[TrainState]
+    history: list[dict[str, Any]]
+
+    def to_bytes(self) -> bytes:
+        """As TrainState.to_bytes: each fold's own checkpoint is in it as a tensor of its bytes."""
+        file = io.BytesIO()
+        folds = [
+            torch.frombuffer(bytearray(state.to_bytes()), dtype=torch.uint8)
+            for state in self.states
+        ]
+        content = {
+            "format": FORMAT,
+            "config": self.config.to_dict(),
+            "folds": folds,
+            "history": self.history,
+        }
+        torch.save(content, file)
+        return file.getvalue()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldsReport(ReportValues):
+    """How far all folds are.
+
+    Losses, accuracies and averages are means over the folds; images_seen, seconds and the images
+    of images_per_second are those of all together.
+    """
+
+    state: FoldsState = field(repr=False, compare=False)
+    """Valid until the next report is asked for."""
+
+
+def train_folds(
+    config: TrainConfig,
+    folds: Sequence[ImageDataset],
+    plan: DevicePlan,
+    *,
+    resume: bytes | None = None,
+    pulse: Callable[[], None] = no_pulse,
+    try_averages: Collection[str] = (),
+) -> Generator[FoldsReport, None, None]:
+    """One training on each of the folds, in turn from report to report; else as train.
+
+    A report comes at each step that all of them report. Each has weights, order and augmentation
+    of a seed of its own. Early stopping is decided by the mean's history, for all at once. The
+    device holds all models. Raises what train raises.
+    """
+    checkpoints, history = _resumed(resume, config, len(folds))
+    if history and history[-1]["finished"]:
+        return
+    with contextlib.ExitStack() as stack:
+        trainings = [
+            stack.enter_context(
+                contextlib.closing(
+                    train(
+                        fold_config(config, index),
+                        data,
+                        plan,
+                        resume=checkpoint,
+                        pulse=pulse,
+                        try_averages=try_averages,
+                    )
+                )
+            )
+            for index, (data, checkpoint) in enumerate(zip(folds, checkpoints, strict=True))
+        ]
+        while not history or not history[-1]["finished"]:
+            yield make_report(config, _next_reports(trainings), history)
+
+
+def fold_config(config: TrainConfig, index: int) -> TrainConfig:
+    """The config of one fold's training, which does not stop early by itself."""
+    return dataclasses.replace(config, patience=0, seed=derived_seed("fold", index, config.seed))
+
+
+def make_report(
+    config: TrainConfig, made: Sequence[Sequence[ProgressReport]], history: list[dict[str, Any]]
+) -> FoldsReport:
+    """The report of all folds, which joins the history. made: what each has reported since."""
+    now = [reports[-1] for reports in made]
+    images = [_images_of(reports) for reports in made]
+    losses = [
+        sum(report.train_loss * number for report, number in zip(*each, strict=True)) / sum(each[1])
+        for each in zip(made, images, strict=True)
+    ]
+    trained_seconds = sum(
+        number / report.images_per_second
+        for each in zip(made, images, strict=True)
+        for report, number in zip(*each, strict=True)
+    )
+    step, accuracy = now[0].step, statistics.fmean(report.val_accuracy for report in now)
+    last = step == config.epochs * STEPS_AN_EPOCH
+    reason = None if last else stop_reason(config, history, step, accuracy)
+    averaged = set.intersection(*(set(report.averages) for report in now))
+    report = FoldsReport(
+        step=step,
+        epoch=step / STEPS_AN_EPOCH,
+        images_seen=sum(report.images_seen for report in now),
+        train_loss=statistics.fmean(losses),
+        val_loss=statistics.fmean(report.val_loss for report in now),
+        val_accuracy=accuracy,
+        seconds=sum(report.seconds for report in now),
+        images_per_second=sum(map(sum, images)) / trained_seconds,
+        finished=last or reason is not None,
+        reason=reason,
+        averages={
+            name: statistics.fmean(report.averages[name] for report in now)
+            for name in sorted(averaged)
+        },
+        state=FoldsState(config=config, states=[report.state for report in now], history=history),
+    )
+    history.append(report.to_dict())
+    return report
+
+
+def _next_reports(
+    trainings: Sequence[Generator[ProgressReport, None, None]],
+) -> list[list[ProgressReport]]:
+    """Of each training its reports up to the first step that all of them have.
+
+    They may differ by an image, which can be a batch, and by that in having a report at a quarter
+    of the first epoch.
+    """
+    made = [[next(training)] for training in trainings]
+    step = max(reports[-1].step for reports in made)
+    for training, reports in zip(trainings, made, strict=True):
+        while reports[-1].step < step:
+            reports.append(next(training))
+    return made
+
+
+def _images_of(reports: Sequence[ProgressReport]) -> list[int]:
+    """How many images each of a training's newest reports is about."""
+    seen = [0, *(past["images_seen"] for past in reports[-1].state.history)]
+    return [after - before for before, after in itertools.pairwise(seen)][-len(reports) :]
+
+
+def _resumed(
+    resume: bytes | None, config: TrainConfig, num_folds: int
+) -> tuple[Sequence[bytes | None], list[dict[str, Any]]]:
+    """The checkpoint of each fold, and the reports of all together. Raises CheckpointError."""
+    if resume is None:
+        return [None] * num_folds, []
+    saved = open_checkpoint(resume, FOLDS_KEYS)
+    check_config(saved["config"], config)
+    if len(saved["folds"]) != num_folds:
+        raise CheckpointError(f"the checkpoint has {len(saved['folds'])} folds, not {num_folds}")
+    return [fold.numpy().tobytes() for fold in saved["folds"]], saved["history"]
