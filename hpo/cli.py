@@ -88,6 +88,13 @@ def launch(
         str | None, typer.Option(metavar="A,B", help="Backbones to choose among.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the study.  [default: 0]")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="accuracy, balanced_accuracy or macro_f1, on validation.  [default: accuracy]",
+        ),
+    ] = None,
     timeout: Annotated[
         str | None, typer.Option(metavar="2h", help="Stop after 90s, 30m or 2h.")
     ] = None,
@@ -126,6 +133,7 @@ def launch(
         space=space,
         backbones=backbone,
         seed=seed,
+        objective=objective,  # type: ignore[arg-type]  # LaunchOptions checks the name
         workers=workers,
         devices=devices,
         timeout_seconds=(None if timeout is None else parse_duration("--timeout", timeout)),

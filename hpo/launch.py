@@ -55,6 +55,7 @@ def prepare_study(
         **options.given_data_options(),
         "data": data if options.data else None,
         "seed": options.seed,
+        "objective": options.objective,
     }
     known = {key: value for key, value in given.items() if value is not None}
     differences = spec.differences(known)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a trial ended. value: its last validation accuracy, None if it has none."""
+    """How a trial ended. value: its last value of the study's objective, None if it has none."""
 
     state: TrialState
     value: float | None
@@ -127,6 +127,7 @@ class TrialRun:
             resume=resume,
             pulse=self._pulse,
             try_averages=self._attributes.get("try_averages", ()),
+            objective=self._spec.objective,
         )
         with contextlib.closing(reports):
             for report in reports:
@@ -190,13 +191,17 @@ class TrialRun:
         self._study.report(
             self._lease,
             int(report["step"]),
-            float(report["val_accuracy"]),
+            self._value(report),
             images_per_second=float(report["images_per_second"]),
         )
 
+    def _value(self, report: Mapping[str, Any]) -> float:
+        """What Optuna is told of a report."""
+        return float(report[f"val_{self._spec.objective}"])
+
     def _outcome(self, report: Mapping[str, Any]) -> Outcome | None:
         """How the trial ends if it ends with this report, its newest one."""
-        step, value = int(report["step"]), float(report["val_accuracy"])
+        step, value = int(report["step"]), self._value(report)
         if report["finished"]:
             reason = report["reason"] or f"trained for {self._spec.epochs} epochs"
             return Outcome(state=TrialState.COMPLETE, value=value, reason=reason)

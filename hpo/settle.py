@@ -58,6 +58,7 @@ def settle(
         fingerprint=dataset.fingerprint,
         space=space,
         seed=seed,
+        objective=options.objective or "accuracy",
         limits=options.limits,
         first_rung=first_rung(
             num_train=len(dataset.train), largest_batch=int(space.largest("batch_size"))

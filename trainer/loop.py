@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from trainer.augment import augment
-from trainer.config import DataError, TrainConfig, TrainingDiverged
+from trainer.balance import balanced_order, loss_weights
+from trainer.config import DataError, Objective, TrainConfig, TrainingDiverged
 from trainer.data.dataset import ImageDataset, Split
 from trainer.device import DevicePlan
 from trainer.evaluate import Evaluation, Normaliser, evaluate, no_pulse
+from trainer.loss import summed_loss
 from trainer.memory import memory_errors
+from trainer.mixing import Partners, mix
 from trainer.optim import clip_gradients, lr_at, set_lr
 from trainer.seeds import own_randomness, seeded_generator
 from trainer.state import STEPS_AN_EPOCH, TrainState
@@ -32,11 +34,16 @@ class ProgressReport:
     """Epochs done: step / 4."""
     images_seen: int
     train_loss: float
-    """Mean over the images since the last report, as it was trained on (smoothed, augmented)."""
+    """Mean over the images since the last report, as it was trained on (smoothed, augmented, mixed,
+    weighted)."""
     val_loss: float
     """Mean cross-entropy; NaN without validation images."""
     val_accuracy: float
     """NaN without validation images."""
+    val_balanced_accuracy: float
+    """Mean recall of the classes; NaN without validation images."""
+    val_macro_f1: float
+    """Mean F1 of the classes; NaN without validation images."""
     seconds: float
     """Spent training and evaluating so far, by all attempts together."""
     images_per_second: float
@@ -46,9 +53,13 @@ class ProgressReport:
     reason: str | None = None
     """Why training ended before its last epoch."""
     averages: Mapping[str, float] = field(default_factory=dict)
-    """Validation accuracy of each average that is kept; empty before the last epoch's end."""
+    """Validation value of each average that is kept; empty before the last epoch's end."""
     state: TrainState = field(repr=False, compare=False)
     """Valid until the next report is asked for."""
+
+    def value(self, objective: Objective) -> float:
+        """What the training is judged by: val_accuracy, val_balanced_accuracy or val_macro_f1."""
+        return float(getattr(self, f"val_{objective}"))
 
     def to_dict(self) -> dict[str, Any]:
         """All but the state, as plain values."""
@@ -64,14 +75,16 @@ def train(
     resume: bytes | None = None,
     pulse: Callable[[], None] = no_pulse,
     try_averages: Collection[str] = (),
+    objective: Objective = "accuracy",
 ) -> Generator[ProgressReport, None, None]:
     """Train on data.train, report after a quarter of an epoch and after each epoch.
 
     An epoch of fewer than 8 batches has no report at its quarter. resume: a state's to_bytes();
     training goes on after it, on a CPU bit for bit as if it had never stopped. pulse is called
     before each batch, and what it raises ends the training. try_averages: names of averages whose
-    accuracy the last report is to say. torch's own random state is the caller's between reports.
-    Raises TrainingDiverged, OutOfMemory, CheckpointError, ConfigError.
+    value the last report is to say. objective: which validation value that is, and patience looks
+    at. torch's own random state is the caller's between reports. Raises TrainingDiverged,
+    OutOfMemory, CheckpointError, ConfigError.
     """
     batches = batch_bounds(len(data.train), config.batch_size)
     num_steps, last_step = config.epochs * len(batches), config.epochs * STEPS_AN_EPOCH
@@ -87,12 +100,13 @@ def train(
         plan, model, optimizer = state.plan, state.model, state.optimizer
         normalise = Normaliser(data.mean, data.std, plan.device)
         train_split, val_split = to_device(data.train, plan), to_device(data.val, plan)
+        weights = loss_weights(config, data, plan.device)
     for leg in [] if state.finished else legs(config.epochs, len(batches), state.step):
         started = time.perf_counter()
         randomness = own_randomness("leg", config.seed, leg.step, device=plan.device)
         with memory_errors(config, plan.device), randomness:
             generator = seeded_generator("augment", config.seed, leg.step)
-            order = epoch_order(config.seed, leg.epoch, len(train_split)).to(plan.device)
+            order = order_of(config, leg.epoch, data.train.labels).to(plan.device)
             total_loss = torch.zeros((), device=plan.device)
             model.train()
             for index in range(leg.first_batch, leg.end_batch):
@@ -102,7 +116,8 @@ def train(
                 chosen = order[slice(*batches[index])]
                 images = augment(train_split.images.index_select(0, chosen), config, generator)
                 labels = train_split.labels.index_select(0, chosen)
-                total_loss += optimizer_step(state, normalise(images), labels)
+                images, partners = mix(normalise(images), labels, config, generator)
+                total_loss += optimizer_step(state, images, labels, partners, weights)
                 state.averages.after_step(model, steps_done / num_steps)
             state.averages.after_epoch(model, leg.step / last_step)
             num_images = batches[leg.end_batch - 1][1] - batches[leg.first_batch][0]
@@ -116,27 +131,40 @@ def train(
             ]
         check_finite(train_loss, val, leg, config)
         state.seconds += time.perf_counter() - started
-        averages = dict(zip(judged, (other.accuracy for other in others), strict=True))
-        yield make_report(state, train_loss, val, num_images / (trained - started), averages)
+        averages = dict(zip(judged, (other.value(objective) for other in others), strict=True))
+        speed = num_images / (trained - started)
+        yield make_report(state, train_loss, val, speed, averages, objective)
         if state.finished:
             return
 
 
-def optimizer_step(state: TrainState, images: Tensor, labels: Tensor) -> Tensor:
+def optimizer_step(
+    state: TrainState,
+    images: Tensor,
+    labels: Tensor,
+    partners: Partners | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
     """One step on a batch, in micro-batches if the plan says so: the sum of the losses, 0-d.
 
-    images: (N,C,H,W) float; labels: (N,). Batch norm sees micro-batches one by one.
+    images: (N,C,H,W) float; labels: (N,). partners: what the images were mixed with. weights:
+    (classes,), how much an image of each class counts. Batch norm sees micro-batches one by one.
     """
     config, plan, model = state.config, state.plan, state.model
     total = torch.zeros((), device=images.device)
     num_parts = num_micro_batches(len(images), plan.micro_batch)
     state.optimizer.zero_grad(set_to_none=True)
-    parts = zip(images.tensor_split(num_parts), labels.tensor_split(num_parts), strict=True)
-    for part, part_labels in parts:
+    parts = zip(
+        images.tensor_split(num_parts),
+        labels.tensor_split(num_parts),
+        [None] * num_parts if partners is None else partners.split(num_parts),
+        strict=True,
+    )
+    for part, part_labels, part_partners in parts:
         with plan.autocast():
             logits = model(plan.lay_out(part))
-        loss = functional.cross_entropy(
-            logits.float(), part_labels, reduction="sum", label_smoothing=config.label_smoothing
+        loss = summed_loss(
+            logits.float(), part_labels, part_partners, weights, smoothing=config.label_smoothing
         )
         torch.autograd.backward(loss / len(images))
         total += loss.detach()
@@ -197,6 +225,13 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> Tensor:
     return torch.randperm(num_images, generator=seeded_generator("order", seed, epoch))
 
 
+def order_of(config: TrainConfig, epoch: int, labels: Tensor) -> Tensor:
+    """Which images this epoch takes, and in which order: int64 (N,). labels: (N,), on the CPU."""
+    if config.balance == "sampling":
+        return balanced_order(config.seed, epoch, labels)
+    return epoch_order(config.seed, epoch, len(labels))
+
+
 def to_device(split: Split, plan: DevicePlan) -> Split:
     """The split in the device's memory (the same one if it is there)."""
     return Split(split.images.to(plan.device), split.labels.to(plan.device))
@@ -208,10 +243,11 @@ def make_report(
     val: Evaluation,
     images_per_second: float,
     averages: Mapping[str, float],
+    objective: Objective,
 ) -> ProgressReport:
     """The report of the leg just done, which joins the state's history."""
     last = state.step == state.config.epochs * STEPS_AN_EPOCH
-    reason = None if last else stop_reason(state, val.accuracy)
+    reason = None if last else stop_reason(state, val.value(objective), objective)
     report = ProgressReport(
         step=state.step,
         epoch=state.step / STEPS_AN_EPOCH,
@@ -219,6 +255,8 @@ def make_report(
         train_loss=train_loss,
         val_loss=val.loss,
         val_accuracy=val.accuracy,
+        val_balanced_accuracy=val.balanced_accuracy,
+        val_macro_f1=val.macro_f1,
         seconds=state.seconds,
         images_per_second=images_per_second,
         finished=last or reason is not None,
@@ -230,16 +268,16 @@ def make_report(
     return report
 
 
-def stop_reason(state: TrainState, val_accuracy: float) -> str | None:
-    """Early stopping: why the training should end with this validation accuracy, or None."""
-    best, patience = state.best_report(), state.config.patience
-    if not patience or best is None or val_accuracy > best["val_accuracy"]:
+def stop_reason(state: TrainState, value: float, objective: Objective) -> str | None:
+    """Early stopping: why the training should end with this validation value, or None."""
+    best, patience = state.best_report(objective), state.config.patience
+    if not patience or best is None or value > best[f"val_{objective}"]:
         return None
     if state.step - best["step"] < patience * STEPS_AN_EPOCH:
         return None
     return (
-        f"early stopping: no better validation accuracy than {best['val_accuracy']:.4f} "
-        f"of epoch {best['epoch']:g} in {patience} epochs"
+        f"early stopping: no better validation {objective.replace('_', ' ')} than "
+        f"{best[f'val_{objective}']:.4f} of epoch {best['epoch']:g} in {patience} epochs"
     )
 
 

@@ -12,12 +12,12 @@ from torch import nn
 
 from trainer.averaging import Averages
 from trainer.backbones import build
-from trainer.config import TrainConfig
+from trainer.config import Objective, TrainConfig
 from trainer.data.dataset import ImageDataset
 from trainer.device import DevicePlan, prepare
 from trainer.optim import make_optimizer
 
-FORMAT = 2
+FORMAT = 3
 STEPS_AN_EPOCH = 4
 _KEYS = {
     "config", "plan", "data_identity", "model", "optimizer", "averages", "step", "images_seen",
@@ -119,10 +119,11 @@ class TrainState:
         """Whether the last report has been made."""
         return bool(self.history) and self.history[-1]["finished"] is True
 
-    def best_report(self) -> dict[str, Any] | None:
-        """The first of the reports with the best validation accuracy, None if there is none."""
-        known = [report for report in self.history if not math.isnan(report["val_accuracy"])]
-        return max(known, key=lambda report: float(report["val_accuracy"]), default=None)
+    def best_report(self, objective: Objective = "accuracy") -> dict[str, Any] | None:
+        """The first of the reports with the best validation value, None if there is none."""
+        name = f"val_{objective}"
+        known = [report for report in self.history if not math.isnan(report[name])]
+        return max(known, key=lambda report: float(report[name]), default=None)
 
     def _load(self, saved: dict[str, Any]) -> None:
         try:

@@ -15,7 +15,8 @@ _COMMANDS = {
     "launch": {
         "--study", "--data", "--image-size", "--max-broken", "--max-memory", "--trials",
         "--epochs", "--workers", "--devices", "--space", "--backbone", "--seed", "--timeout",
-        "--max-params", "--max-megabytes", "--max-latency-ms", "--detach", "--storage", "--json",
+        "--objective", "--max-params", "--max-megabytes", "--max-latency-ms", "--detach",
+        "--storage", "--json",
     },
     "worker": {"--study", "--device", "--storage"},
     "status": {"--study", "--watch", "--storage", "--json"},
