@@ -224,7 +224,8 @@ class Simulated:
             accuracy = 0.9 - abs(math.log10(config.lr) + 2.5) / 10 - 0.2 / step
             yield ProgressReport(
                 step=step, epoch=step / 4, images_seen=step, train_loss=1.0, val_loss=1.0,
-                val_accuracy=accuracy, seconds=1.0, images_per_second=1.0,
+                val_accuracy=accuracy, val_balanced_accuracy=accuracy, val_macro_f1=accuracy,
+                seconds=1.0, images_per_second=1.0,
                 finished=step == steps[-1], state=_NO_STATE,
             )  # fmt: skip
 

@@ -17,7 +17,7 @@ from hpo.status import best_trial, describe, launch_command, num_epochs
 from storage.database import Database
 from storage.snapshots import StudySnapshot, TrialSnapshot, snapshot
 from storage.studies import StudyRecord, count_test_opening
-from trainer.config import TrainConfig, TrainingFailure
+from trainer.config import Objective, TrainConfig, TrainingFailure
 
 if TYPE_CHECKING:
     from trainer.data.dataset import ImageDataset
@@ -68,7 +68,8 @@ class BestReport:
             low, high = self.test["ci95"]
             lines.append(
                 f"test accuracy {self.test['accuracy']:.4f} (95 % interval {low:.4f} to "
-                f"{high:.4f}), macro F1 {self.test['macro_f1']:.4f}"
+                f"{high:.4f}), balanced accuracy {self.test['macro_recall']:.4f}, "
+                f"macro F1 {self.test['macro_f1']:.4f}"
             )
             lines += [
                 f"  {self.export['dir']}/{entry['file']}: {entry['bytes']:,} bytes, accuracy "
@@ -165,12 +166,13 @@ def export_best(
             "test_openings": num_openings,
             "candidates": [candidate.to_json() for candidate in candidates],
             "averaging": {"chosen": average, "tried": _tried(winner)},
+            "objective": spec.objective,
             "search": _search(study, spec),
         },
         formats=formats,
-        curves=_curves(database, record, winner, last),
+        curves=_curves(database, record, winner, last, spec.objective),
         metrics={
-            "search": {"val_accuracy": winner.search_value},
+            "search": {f"val_{spec.objective}": winner.search_value},
             "recheck": {"mean": winner.mean, "std": winner.std, "values": list(winner.values)},
             "retraining": {"epochs": last.epoch, "train_loss": last.train_loss},
         },
@@ -221,7 +223,7 @@ def _search(study: StudySnapshot, spec: StudySpec) -> dict[str, Any]:
 
 
 def _tried(winner: Candidate) -> dict[str, Any]:
-    """Validation accuracy of the winner's re-checks with the last weights and with averages."""
+    """Validation values of the winner's re-checks with the last weights and with averages."""
     tried = {"none": winner.values, **winner.averages}
     return {
         name: {"mean": sum(values) / len(values), "values": list(values)}
@@ -231,13 +233,18 @@ def _tried(winner: Candidate) -> dict[str, Any]:
 
 
 def _curves(
-    database: Database, record: StudyRecord, winner: Candidate, last: "ProgressReport"
+    database: Database,
+    record: StudyRecord,
+    winner: Candidate,
+    last: "ProgressReport",
+    objective: Objective,
 ) -> dict[str, list[tuple[float, float]]]:
-    """By epoch: validation accuracy of the winner's runs, and the retraining's loss."""
+    """By epoch: validation values of the winner's runs, and the retraining's loss."""
     number = winner.trial.number
-    runs = {f"trial {number} in the search (validation accuracy)": winner.trial}
+    what = f"validation {objective.replace('_', ' ')}"
+    runs = {f"trial {number} in the search ({what})": winner.trial}
     for index, run in enumerate(runs_of(database, record, winner)):
-        runs[f"trial {number}, fresh seed {index + 1} (validation accuracy)"] = run
+        runs[f"trial {number}, fresh seed {index + 1} ({what})"] = run
     curves = {
         name: [
             (step / STEPS_PER_EPOCH, value)

@@ -20,7 +20,7 @@ class Candidate:
 
     trial: TrialSnapshot
     values: tuple[float, ...] = ()
-    """Validation accuracy at the end of each re-check."""
+    """Value of the study's objective at the end of each re-check."""
     averages: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """The same of averaged weights, by the average's name, in the order of `values`."""
     failures: tuple[str, ...] = ()
@@ -28,7 +28,7 @@ class Candidate:
 
     @property
     def search_value(self) -> float:
-        """The validation accuracy that the search reported."""
+        """The last value that the search reported."""
         assert self.trial.value is not None
         return self.trial.value
 

@@ -100,6 +100,13 @@ def launch(
             "[default: one split]",
         ),
     ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="accuracy, balanced_accuracy or macro_f1, on validation.  [default: accuracy]",
+        ),
+    ] = None,
     timeout: Annotated[
         str | None, typer.Option(metavar="2h", help="Stop after 90s, 30m or 2h.")
     ] = None,
@@ -140,6 +147,7 @@ def launch(
         weights=weights,
         seed=seed,
         folds=folds,
+        objective=objective,  # type: ignore[arg-type]  # LaunchOptions checks the name
         workers=workers,
         devices=devices,
         timeout_seconds=(None if timeout is None else parse_duration("--timeout", timeout)),

@@ -24,7 +24,7 @@ from hpo.spec import StudySpec
 from storage.database import Database
 from storage.home import home
 from storage.schema import ensure_tables
-from trainer.config import DataError, TrainConfig, TrainingFailure
+from trainer.config import DataError, TrainConfig, TrainingFailure, ignored_fields
 from trainer.data.options import Progress
 from trainer.data.registry import settled_source
 
@@ -155,7 +155,8 @@ def _data(data: "ImageDataset") -> Iterator[Finding]:
             about="classes",
             level="warning",
             text=f"{rarest!r} has {least:,} images to train on, the largest class {most:,}: "
-            "accuracy says little of rare classes",
+            "accuracy says little of rare classes (--objective macro_f1 judges all classes alike, "
+            "the field balance trains them alike)",
         )
     else:
         yield Finding(about="classes", level="ok", text=f"{least:,} to {most:,} images each")
@@ -192,7 +193,11 @@ def _folds(spec: StudySpec, work: "EpochWork") -> Iterator[Finding]:
 
 def _space(spec: StudySpec, data: "ImageDataset", work: "EpochWork") -> Iterator[Finding]:
     """Fields that can't matter, batches that can't be."""
-    idle = [*_without_choice(spec), *_beyond_the_data(spec, data, work.num_train)]
+    idle = [
+        *_without_choice(spec),
+        *_ignored(spec),
+        *_beyond_the_data(spec, data, work.num_train),
+    ]
     if not spec.space.searched:
         idle.append("nothing is searched: all is fixed")
     for words in idle:
@@ -207,6 +212,17 @@ def _without_choice(spec: StudySpec) -> Iterator[str]:
             yield f"{name} has one choice, {what[0]!r}"
         elif isinstance(what, Range) and what.low == what.high:
             yield f"{name} can only be {what.low:g}"
+
+
+def _ignored(spec: StudySpec) -> Iterator[str]:
+    """Fields that are ignored whichever choice is made of the others."""
+    fields = {name: _middle(what) for name, what in spec.space.fields.items()}
+    choices = [(name, what) for name, what in spec.space.fields.items() if isinstance(what, tuple)]
+    variants = [fields, *({**fields, name: one} for name, what in choices for one in what)]
+    said = [ignored_fields(TrainConfig.from_dict(variant)) for variant in variants]
+    for name in said[0]:
+        if all(name in each for each in said):
+            yield f"{name} is ignored, whatever is chosen for the other fields"
 
 
 def _beyond_the_data(spec: StudySpec, data: "ImageDataset", num_train: int) -> Iterator[str]:

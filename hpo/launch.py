@@ -56,6 +56,7 @@ def prepare_study(
         "data": data if options.data else None,
         "seed": options.seed,
         "folds": options.folds,
+        "objective": options.objective,
     }
     known = {key: value for key, value in given.items() if value is not None}
     differences = spec.differences(known)

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a trial ended. value: its last validation accuracy, None if it has none."""
+    """How a trial ended. value: its last value of the study's objective, None if it has none."""
 
     state: TrialState
     value: float | None
@@ -134,7 +134,7 @@ class TrialRun:
         self, config: TrainConfig, plan: DevicePlan, resume: bytes | None
     ) -> Generator[ProgressReport, None, None] | Generator[FoldsReport, None, None]:
         """The training: of one model, or of one for each of the study's folds."""
-        averages = self._attributes.get("try_averages", ())
+        averages, objective = self._attributes.get("try_averages", ()), self._spec.objective
         folds = folds_of(self._spec, self._data, plan.device)
         if not folds:
             return train(
@@ -144,9 +144,16 @@ class TrialRun:
                 resume=resume,
                 pulse=self._pulse,
                 try_averages=averages,
+                objective=objective,
             )
         return train_folds(
-            config, folds, plan, resume=resume, pulse=self._pulse, try_averages=averages
+            config,
+            folds,
+            plan,
+            resume=resume,
+            pulse=self._pulse,
+            try_averages=averages,
+            objective=objective,
         )
 
     def _too_large(self, config: TrainConfig) -> Outcome | None:
@@ -202,13 +209,17 @@ class TrialRun:
         self._study.report(
             self._lease,
             int(report["step"]),
-            float(report["val_accuracy"]),
+            self._value(report),
             images_per_second=float(report["images_per_second"]),
         )
 
+    def _value(self, report: Mapping[str, Any]) -> float:
+        """What Optuna is told of a report."""
+        return float(report[f"val_{self._spec.objective}"])
+
     def _outcome(self, report: Mapping[str, Any]) -> Outcome | None:
         """How the trial ends if it ends with this report, its newest one."""
-        step, value = int(report["step"]), float(report["val_accuracy"])
+        step, value = int(report["step"]), self._value(report)
         if report["finished"]:
             reason = report["reason"] or f"trained for {self._spec.epochs} epochs"
             return Outcome(state=TrialState.COMPLETE, value=value, reason=reason)

@@ -3,12 +3,13 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hpo.errors import UsageError
 from hpo.limits import Limits
 from hpo.space import SearchSpace, read_space
 from hpo.spec import check_folds, check_study_name
+from trainer.config import Objective, unknown_name
 from trainer.data.options import DataOptions
 
 
@@ -28,6 +29,7 @@ class LaunchOptions:
     weights: Path | None = None
     seed: int | None = None
     folds: int | None = None
+    objective: Objective | None = None
     workers: str = "auto"
     devices: str | None = None
     timeout_seconds: float | None = None
@@ -41,6 +43,8 @@ class LaunchOptions:
         if self.seed is not None and not 0 <= self.seed < 2**31:
             raise UsageError(f"--seed must be >= 0 and below 2147483648, got {self.seed}")
         check_folds(self.folds)
+        if self.objective is not None and self.objective not in get_args(Objective):
+            raise UsageError(unknown_name("objective", self.objective, get_args(Objective)))
         if self.study is not None:
             check_study_name(self.study)
         DataOptions(**self.given_data_options())

@@ -85,7 +85,7 @@ class ProgressView:
         return (time.monotonic() - self._started) / done * left
 
     def _running(self, study: StudySnapshot) -> Table:
-        table = Table("worker", "trial", "epoch", "accuracy", "images/s", "config", box=None)
+        table = Table("worker", "trial", "epoch", "value", "images/s", "config", box=None)
         trials = {trial.number: trial for trial in study.trials}
         for worker in study.workers:
             trial = trials.get(worker.trial) if worker.trial is not None else None

@@ -14,12 +14,12 @@ from storage.studies import StudyRecord
 from trainer.config import TrainConfig, TrainingFailure
 
 _NEAR = 0.01
-"""Accuracy by which a GPU, whose sums come in any order, may differ."""
+"""Value by which a GPU, whose sums come in any order, may differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """Validation accuracies at the same steps, then and now."""
+    """Values of the study's objective at the same steps, then and now."""
 
     study: str
     trial: int
@@ -30,7 +30,7 @@ class Replay:
 
     @property
     def is_same(self) -> bool:
-        """On a CPU bit for bit, elsewhere within a point of accuracy."""
+        """On a CPU bit for bit, elsewhere within a hundredth."""
         allowed = 0.0 if self.device == "cpu" else _NEAR
         pairs = zip(self.values, self.replayed, strict=True)
         return all(abs(then - now) <= allowed for then, now in pairs)
@@ -92,7 +92,7 @@ def replay_trial(
         try:
             for report in reports:
                 say(f"epoch {report.epoch:g} of {steps[-1] / STEPS_PER_EPOCH:g}")
-                replayed.append(report.val_accuracy)
+                replayed.append(report.value(spec.objective))
                 if report.step >= steps[-1]:
                     break
         except TrainingFailure as failure:

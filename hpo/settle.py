@@ -65,6 +65,7 @@ def settle(
         space=space,
         seed=seed,
         folds=options.folds,
+        objective=options.objective or "accuracy",
         limits=options.limits,
         weights=weights,
         first_rung=first_rung(

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from hpo.errors import UsageError
 from hpo.limits import Limits
 from hpo.space import SearchSpace
+from trainer.config import Objective
 from trainer.data.options import DEFAULT_OPTIONS, DataOptions
 
 if TYPE_CHECKING:
     from trainer.data.dataset import ImageDataset
 
-VERSION = 2
+VERSION = 3
 MOST_FOLDS = 20
 
 
@@ -40,6 +41,8 @@ class StudySpec:
     seed: int
     first_rung: int
     """The step at which trials are judged for the first time."""
+    objective: Objective = "accuracy"
+    """The validation value that trials are judged by."""
     limits: Limits = field(default_factory=Limits)
     data_options: DataOptions = DEFAULT_OPTIONS
     """How pictures are read: workers read them as the launcher did."""
@@ -112,8 +115,8 @@ class StudySpec:
     def differences(self, given: Mapping[str, Any]) -> list[str]:
         """Where options differ from this spec, in words.
 
-        given: `data`, `seed`, `folds`, limits, fields of DataOptions and of the space; what is not
-        in it is not compared.
+        given: `data`, `seed`, `folds`, `objective`, limits, fields of DataOptions and of the
+        space; what is not in it is not compared.
         """
         mine = {
             **self.space.fields,
@@ -122,6 +125,7 @@ class StudySpec:
             "data": self.data,
             "seed": self.seed,
             "folds": self.folds,
+            "objective": self.objective,
         }
         return [
             f"{name} is {mine.get(name)!r} there and {value!r} here"

@@ -13,7 +13,7 @@ def best_trial(trials: Sequence[TrialSnapshot]) -> TrialSnapshot | None:
 
 
 def ranked_trials(trials: Sequence[TrialSnapshot]) -> list[TrialSnapshot]:
-    """Those that got farthest first, of those the most accurate, of those the earliest.
+    """Those that got farthest first, of those the best by value, of those the earliest.
 
     A PRUNED trial may be among them, one with a broken constraint or without a report may not.
     """
@@ -71,7 +71,7 @@ def status_json(name: str, study: StudySnapshot) -> dict[str, Any]:
 
 
 def trials_json(study: StudySnapshot) -> list[dict[str, Any]]:
-    """As DESIGN's contract has it: values are validation accuracies at the steps."""
+    """As DESIGN's contract has it: values are the objective's at the steps."""
     return [
         {
             "number": trial.number,

@@ -13,7 +13,7 @@ from storage.database import Database
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSnapshot:
-    """A trial with its curve: `values[i]` is the validation accuracy at `steps[i]`.
+    """A trial with its curve: `values[i]` is the objective's value at `steps[i]`.
 
     state: COMPLETE, PRUNED, FAIL, RUNNING, or WAITING: for a worker to begin it or go on with it.
     """

@@ -11,6 +11,10 @@ Optimizer = Literal["sgd", "adam", "adamw"]
 Schedule = Literal["constant", "step", "cosine", "onecycle"]
 Average = Literal["none", "ema", "tail"]
 Trainable = Literal["all", "head", "last1", "last2", "last3", "gradual"]
+Policy = Literal["none", "trivialaugment", "randaugment"]
+Balance = Literal["none", "loss", "sampling"]
+Objective = Literal["accuracy", "balanced_accuracy", "macro_f1"]
+"""Validation values that a training can be judged by; the names are those of Evaluation."""
 
 
 class ConfigError(ValueError):
@@ -93,6 +97,23 @@ class TrainConfig:
     """Largest turn in degrees, each way, in [0, 180]."""
     cutout: int = 0
     """Side of a square set to zero, in pixels (DeVries & Taylor 2017); 0 is off."""
+    policy: Policy = "none"
+    """Randomly drawn operations on each image: one of any strength (trivialaugment, Müller & Hutter
+    2021, its wide ranges) or two of policy_magnitude (randaugment, Cubuk et al. 2020)."""
+    policy_magnitude: int = 9
+    """Strength of randaugment's operations, in [0, 30] (torchvision's scale and default)."""
+    erasing: float = 0.0
+    """Probability that a rectangle of an image is overwritten with noise, in [0, 1]; 0 is off
+    (Zhong et al. 2020, who take 0.5)."""
+    mixup: float = 0.0
+    """alpha of the Beta(alpha, alpha) by which two images are mixed, in [0, 1000]; 0 is off
+    (Zhang et al. 2018, who take 0.1 to 0.4). With cutmix on, too, a coin decides for each batch."""
+    cutmix: float = 0.0
+    """alpha of the Beta(alpha, alpha) that says how much of an image a rectangle of another leaves,
+    in [0, 1000]; 0 is off (Yun et al. 2019, who take 1)."""
+    balance: Balance = "none"
+    """For classes of unequal size: loss weighs each image by the inverse of its class's size (the
+    mean weight is 1), sampling draws the images of an epoch with all classes equally likely."""
     seed: int = 0
     """Of weights, order and augmentation; >= 0."""
 
@@ -113,6 +134,8 @@ class TrainConfig:
         _check(self.backbone_lr > 0, "backbone_lr must be > 0", self.backbone_lr)
         both = self.pretrained and bool(self.weights)
         _check(not both, "pretrained and weights exclude one another", self.weights)
+        _choice("policy", self.policy, get_args(Policy))
+        _choice("balance", self.balance, get_args(Balance))
         for name in ("momentum", "label_smoothing", "dropout"):
             value = getattr(self, name)
             _check(0 <= value < 1, f"{name} must be in [0, 1)", value)
@@ -128,6 +151,14 @@ class TrainConfig:
             value = getattr(self, name)
             _check(value >= 0 and math.isfinite(value), f"{name} must be >= 0", value)
         _check(0 <= self.rotation <= 180, "rotation must be in [0, 180]", self.rotation)
+        _check(
+            0 <= self.policy_magnitude <= 30,
+            "policy_magnitude must be in [0, 30]",
+            self.policy_magnitude,
+        )
+        _check(0 <= self.erasing <= 1, "erasing must be in [0, 1]", self.erasing)
+        _check(0 <= self.mixup <= 1000, "mixup must be in [0, 1000]", self.mixup)
+        _check(0 <= self.cutmix <= 1000, "cutmix must be in [0, 1000]", self.cutmix)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -145,6 +176,25 @@ class TrainConfig:
             if name not in known:
                 raise ConfigError(unknown_name("field", name, known))
         return cls(**values)
+
+
+_HEEDED_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "policy_magnitude": ("policy", ("randaugment",)),
+}
+"""field -> another field, and the values of that with which it matters."""
+
+
+def ignored_fields(config: TrainConfig) -> list[str]:
+    """Fields that are set to another value than the usual, and that this config ignores.
+
+    momentum is none of them: adam takes it as beta1.
+    """
+    usual = {field.name: field.default for field in dataclasses.fields(config)}
+    return [
+        name
+        for name, (other, values) in _HEEDED_WITH.items()
+        if getattr(config, name) != usual[name] and getattr(config, other) not in values
+    ]
 
 
 def _name(kind: Any) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.config import Objective
 from trainer.data.dataset import Split
 from trainer.device import DevicePlan
 from trainer.memory import is_out_of_memory
@@ -22,11 +23,18 @@ def no_pulse() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A model on a split: loss is the mean cross-entropy; both are NaN without images."""
+    """A model on a split: loss is the mean cross-entropy; all are NaN without images."""
 
     loss: float
     accuracy: float
+    balanced_accuracy: float
+    """macro_recall of the confusion matrix."""
+    macro_f1: float
     num_images: int
+
+    def value(self, objective: Objective) -> float:
+        """What a training is judged by."""
+        return float(getattr(self, objective))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,8 @@ class ClassMetrics:
     f1: float
     support: int
     """Images of this class."""
+    predicted: int
+    """Images that were taken for this class."""
 
 
 class Normaliser:
@@ -60,20 +70,38 @@ def evaluate(
     std: tuple[float, ...],
     pulse: Callable[[], None] = no_pulse,
 ) -> Evaluation:
-    """Loss and accuracy of the model, in large batches, with one wait for the device."""
+    """Loss and accuracies of the model, in large batches; it waits for the device at their end."""
     if not len(split):
-        return Evaluation(loss=math.nan, accuracy=math.nan, num_images=0)
+        nothing = math.nan
+        return Evaluation(
+            loss=nothing,
+            accuracy=nothing,
+            balanced_accuracy=nothing,
+            macro_f1=nothing,
+            num_images=0,
+        )
     total_loss = torch.zeros((), device=plan.device)
-    num_correct = torch.zeros((), dtype=torch.int64, device=plan.device)
+    predicted = []
     labels = split.labels.to(plan.device)
     start = 0
     for logits in _logits(model, split.images, plan, Normaliser(mean, std, plan.device), pulse):
         batch_labels = labels[start : start + len(logits)]
         total_loss += functional.cross_entropy(logits, batch_labels, reduction="sum")
-        num_correct += (logits.argmax(dim=1) == batch_labels).sum()
+        predicted.append(logits.argmax(dim=1))
         start += len(logits)
+    guesses = torch.cat(predicted)
+    found = _metrics(
+        *(
+            chosen.bincount(minlength=logits.shape[1]).tolist()
+            for chosen in (labels[guesses == labels], labels, guesses)
+        )
+    )
     return Evaluation(
-        loss=float(total_loss) / start, accuracy=int(num_correct) / start, num_images=start
+        loss=float(total_loss) / start,
+        accuracy=int((guesses == labels).sum()) / start,
+        balanced_accuracy=_mean_recall(found),
+        macro_f1=_mean_f1(found),
+        num_images=start,
     )
 
 
@@ -151,15 +179,18 @@ def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
 
 def per_class(confusion: Tensor) -> list[ClassMetrics]:
     """Precision, recall and F1 of each class. confusion: as confusion_matrix gives it."""
-    hits = confusion.diagonal().tolist()
-    support = confusion.sum(dim=1).tolist()
-    predicted = confusion.sum(dim=0).tolist()
+    counts = (confusion.diagonal(), confusion.sum(dim=1), confusion.sum(dim=0))
+    return _metrics(*(each.tolist() for each in counts))
+
+
+def _metrics(hits: list[int], support: list[int], predicted: list[int]) -> list[ClassMetrics]:
     return [
         ClassMetrics(
             precision=hit / max(1, guesses),
             recall=hit / max(1, images),
             f1=2 * hit / max(1, images + guesses),
             support=images,
+            predicted=guesses,
         )
         for hit, images, guesses in zip(hits, support, predicted, strict=True)
     ]
@@ -167,14 +198,20 @@ def per_class(confusion: Tensor) -> list[ClassMetrics]:
 
 def macro_recall(confusion: Tensor) -> float:
     """Mean recall of the classes that have images (balanced accuracy)."""
-    return _mean([metrics.recall for metrics in per_class(confusion) if metrics.support])
+    return _mean_recall(per_class(confusion))
 
 
 def macro_f1(confusion: Tensor) -> float:
     """Mean F1 of the classes that have images or were predicted (as scikit-learn's)."""
-    involved = (confusion.sum(dim=0) + confusion.sum(dim=1)).tolist()
-    classes = zip(per_class(confusion), involved, strict=True)
-    return _mean([metrics.f1 for metrics, images in classes if images])
+    return _mean_f1(per_class(confusion))
+
+
+def _mean_recall(classes: list[ClassMetrics]) -> float:
+    return _mean([one.recall for one in classes if one.support])
+
+
+def _mean_f1(classes: list[ClassMetrics]) -> float:
+    return _mean([one.f1 for one in classes if one.support or one.predicted])
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:

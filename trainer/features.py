@@ -26,7 +26,10 @@ class FeatureSplit(Split):
 
 def trains_on_features(config: TrainConfig) -> bool:
     """Whether each epoch would show the same pictures to the same frozen network."""
-    changes = (config.flip, config.translate, config.rotation, config.cutout)
+    changes = (
+        config.flip, config.translate, config.rotation, config.cutout, config.erasing,
+        config.policy != "none", config.mixup, config.cutmix,
+    )  # fmt: skip
     # other people's networks may drop out where we don't see it
     known = ":" not in config.backbone or config.dropout == 0
     return config.trainable == "head" and known and not any(changes)

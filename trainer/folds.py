@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trainer.config import TrainConfig
+from trainer.config import Objective, TrainConfig
 from trainer.data.dataset import ImageDataset
 from trainer.device import DevicePlan
 from trainer.evaluate import no_pulse
@@ -73,6 +73,7 @@ def train_folds(
     resume: bytes | None = None,
     pulse: Callable[[], None] = no_pulse,
     try_averages: Collection[str] = (),
+    objective: Objective = "accuracy",
 ) -> Generator[FoldsReport, None, None]:
     """One training on each of the folds, in turn from report to report; else as train.
 
@@ -94,13 +95,14 @@ def train_folds(
                         resume=checkpoint,
                         pulse=pulse,
                         try_averages=try_averages,
+                        objective=objective,
                     )
                 )
             )
             for index, (data, checkpoint) in enumerate(zip(folds, checkpoints, strict=True))
         ]
         while not history or not history[-1]["finished"]:
-            yield make_report(config, _next_reports(trainings), history)
+            yield make_report(config, _next_reports(trainings), history, objective)
 
 
 def fold_config(config: TrainConfig, index: int) -> TrainConfig:
@@ -109,7 +111,10 @@ def fold_config(config: TrainConfig, index: int) -> TrainConfig:
 
 
 def make_report(
-    config: TrainConfig, made: Sequence[Sequence[ProgressReport]], history: list[dict[str, Any]]
+    config: TrainConfig,
+    made: Sequence[Sequence[ProgressReport]],
+    history: list[dict[str, Any]],
+    objective: Objective,
 ) -> FoldsReport:
     """The report of all folds, which joins the history. made: what each has reported since."""
     now = [reports[-1] for reports in made]
@@ -123,9 +128,9 @@ def make_report(
         for each in zip(made, images, strict=True)
         for report, number in zip(*each, strict=True)
     )
-    step, accuracy = now[0].step, statistics.fmean(report.val_accuracy for report in now)
+    step, value = now[0].step, statistics.fmean(report.value(objective) for report in now)
     last = step == config.epochs * STEPS_AN_EPOCH
-    reason = None if last else stop_reason(config, history, step, accuracy)
+    reason = None if last else stop_reason(config, history, step, value, objective)
     averaged = set.intersection(*(set(report.averages) for report in now))
     report = FoldsReport(
         step=step,
@@ -133,7 +138,9 @@ def make_report(
         images_seen=sum(report.images_seen for report in now),
         train_loss=statistics.fmean(losses),
         val_loss=statistics.fmean(report.val_loss for report in now),
-        val_accuracy=accuracy,
+        val_accuracy=statistics.fmean(report.val_accuracy for report in now),
+        val_balanced_accuracy=statistics.fmean(report.val_balanced_accuracy for report in now),
+        val_macro_f1=statistics.fmean(report.val_macro_f1 for report in now),
         seconds=sum(report.seconds for report in now),
         images_per_second=sum(map(sum, images)) / trained_seconds,
         finished=last or reason is not None,

@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from trainer.augment import augment
 from trainer.backbones import as_fed, find_backbone
-from trainer.config import DataError, TrainConfig, TrainingDiverged
+from trainer.balance import balanced_order, loss_weights
+from trainer.config import DataError, Objective, TrainConfig, TrainingDiverged
 from trainer.data.dataset import ImageDataset, Split
 from trainer.device import DevicePlan
 from trainer.evaluate import Evaluation, Normaliser, evaluate, no_pulse
 from trainer.features import as_features, on_features, trains_on_features
 from trainer.heads import freeze
+from trainer.loss import summed_loss
 from trainer.memory import memory_errors
+from trainer.mixing import Partners, mix
 from trainer.optim import clip_gradients, lr_at, set_lr
 from trainer.seeds import own_randomness, seeded_generator
 from trainer.state import STEPS_AN_EPOCH, TrainState
@@ -35,11 +37,16 @@ class ReportValues:
     """Epochs done: step / 4."""
     images_seen: int
     train_loss: float
-    """Mean over the images since the last report, as it was trained on (smoothed, augmented)."""
+    """Mean over the images since the last report, as it was trained on (smoothed, augmented, mixed,
+    weighted)."""
     val_loss: float
     """Mean cross-entropy; NaN without validation images."""
     val_accuracy: float
     """NaN without validation images."""
+    val_balanced_accuracy: float
+    """Mean recall of the classes; NaN without validation images."""
+    val_macro_f1: float
+    """Mean F1 of the classes; NaN without validation images."""
     seconds: float
     """Spent training and evaluating so far, by all attempts together."""
     images_per_second: float
@@ -49,7 +56,11 @@ class ReportValues:
     reason: str | None = None
     """Why training ended before its last epoch."""
     averages: Mapping[str, float] = field(default_factory=dict)
-    """Validation accuracy of each average that is kept; empty before the last epoch's end."""
+    """Validation value of each average that is kept; empty before the last epoch's end."""
+
+    def value(self, objective: Objective) -> float:
+        """What the training is judged by: val_accuracy, val_balanced_accuracy or val_macro_f1."""
+        return float(getattr(self, f"val_{objective}"))
 
     def to_dict(self) -> dict[str, Any]:
         """All but the state, as plain values."""
@@ -73,14 +84,16 @@ def train(
     resume: bytes | None = None,
     pulse: Callable[[], None] = no_pulse,
     try_averages: Collection[str] = (),
+    objective: Objective = "accuracy",
 ) -> Generator[ProgressReport, None, None]:
     """Train on data.train, report after a quarter of an epoch and after each epoch.
 
     An epoch of fewer than 8 batches has no report at its quarter. resume: a state's to_bytes();
     training goes on after it, on a CPU bit for bit as if it had never stopped. pulse is called
     before each batch, and what it raises ends the training. try_averages: names of averages whose
-    accuracy the last report is to say. torch's own random state is the caller's between reports.
-    Raises TrainingDiverged, OutOfMemory, CheckpointError, ConfigError.
+    value the last report is to say. objective: which validation value that is, and patience looks
+    at. torch's own random state is the caller's between reports. Raises TrainingDiverged,
+    OutOfMemory, CheckpointError, ConfigError.
     """
     data = as_fed(config, data)
     batches = batch_bounds(len(data.train), config.batch_size)
@@ -101,12 +114,13 @@ def train(
         model = view(state.model)
         normalise = Normaliser(data.mean, data.std, plan.device)
         train_split, val_split = to_device(data.train, plan), to_device(data.val, plan)
+        weights = loss_weights(config, data, plan.device)
     for leg in [] if state.finished else legs(config.epochs, len(batches), state.step):
         started = time.perf_counter()
         randomness = own_randomness("leg", config.seed, leg.step, device=plan.device)
         with memory_errors(config, plan.device), randomness:
             generator = seeded_generator("augment", config.seed, leg.step)
-            order = epoch_order(config.seed, leg.epoch, len(train_split)).to(plan.device)
+            order = order_of(config, leg.epoch, data.train.labels).to(plan.device)
             total_loss = torch.zeros((), device=plan.device)
             model.train()
             thaw(state, (leg.epoch * len(batches) + leg.first_batch) / num_steps)
@@ -117,7 +131,8 @@ def train(
                 chosen = order[slice(*batches[index])]
                 images = augment(train_split.images.index_select(0, chosen), config, generator)
                 labels = train_split.labels.index_select(0, chosen)
-                total_loss += optimizer_step(state, normalise(images), labels, model=model)
+                images, partners = mix(normalise(images), labels, config, generator)
+                total_loss += optimizer_step(state, images, labels, partners, weights, model=model)
                 state.averages.after_step(state.model, steps_done / num_steps)
             state.averages.after_epoch(state.model, leg.step / last_step)
             num_images = batches[leg.end_batch - 1][1] - batches[leg.first_batch][0]
@@ -131,31 +146,44 @@ def train(
             ]
         check_finite(train_loss, val, leg, config)
         state.seconds += time.perf_counter() - started
-        averages = dict(zip(judged, (other.accuracy for other in others), strict=True))
-        yield make_report(state, train_loss, val, num_images / (trained - started), averages)
+        averages = dict(zip(judged, (other.value(objective) for other in others), strict=True))
+        speed = num_images / (trained - started)
+        yield make_report(state, train_loss, val, speed, averages, objective)
         if state.finished:
             return
 
 
 def optimizer_step(
-    state: TrainState, images: Tensor, labels: Tensor, *, model: nn.Module | None = None
+    state: TrainState,
+    images: Tensor,
+    labels: Tensor,
+    partners: Partners | None = None,
+    weights: Tensor | None = None,
+    *,
+    model: nn.Module | None = None,
 ) -> Tensor:
     """One step on a batch, in micro-batches if the plan says so: the sum of the losses, 0-d.
 
-    images: (N,C,H,W) float; labels: (N,). model: the part of the state's that takes these images,
-    None for all of it. Batch norm sees micro-batches one by one.
+    images: (N,C,H,W) float; labels: (N,). partners: what the images were mixed with. weights:
+    (classes,), how much an image of each class counts. model: the part of the state's that takes
+    these images, None for all of it. Batch norm sees micro-batches one by one.
     """
     config, plan = state.config, state.plan
     model = state.model if model is None else model
     total = torch.zeros((), device=images.device)
     num_parts = num_micro_batches(len(images), plan.micro_batch)
     state.optimizer.zero_grad(set_to_none=True)
-    parts = zip(images.tensor_split(num_parts), labels.tensor_split(num_parts), strict=True)
-    for part, part_labels in parts:
+    parts = zip(
+        images.tensor_split(num_parts),
+        labels.tensor_split(num_parts),
+        [None] * num_parts if partners is None else partners.split(num_parts),
+        strict=True,
+    )
+    for part, part_labels, part_partners in parts:
         with plan.autocast():
             logits = model(plan.lay_out(part))
-        loss = functional.cross_entropy(
-            logits.float(), part_labels, reduction="sum", label_smoothing=config.label_smoothing
+        loss = summed_loss(
+            logits.float(), part_labels, part_partners, weights, smoothing=config.label_smoothing
         )
         torch.autograd.backward(loss / len(images))
         total += loss.detach()
@@ -226,6 +254,13 @@ def _whole(model: nn.Module) -> nn.Module:
     return model
 
 
+def order_of(config: TrainConfig, epoch: int, labels: Tensor) -> Tensor:
+    """Which images this epoch takes, and in which order: int64 (N,). labels: (N,), on the CPU."""
+    if config.balance == "sampling":
+        return balanced_order(config.seed, epoch, labels)
+    return epoch_order(config.seed, epoch, len(labels))
+
+
 def to_device(split: Split, plan: DevicePlan) -> Split:
     """The split in the device's memory (the same one if it is there)."""
     return type(split)(split.images.to(plan.device), split.labels.to(plan.device))
@@ -237,11 +272,12 @@ def make_report(
     val: Evaluation,
     images_per_second: float,
     averages: Mapping[str, float],
+    objective: Objective,
 ) -> ProgressReport:
     """The report of the leg just done, which joins the state's history."""
     last = state.step == state.config.epochs * STEPS_AN_EPOCH
-    history = state.history
-    reason = None if last else stop_reason(state.config, history, state.step, val.accuracy)
+    history, value = state.history, val.value(objective)
+    reason = None if last else stop_reason(state.config, history, state.step, value, objective)
     report = ProgressReport(
         step=state.step,
         epoch=state.step / STEPS_AN_EPOCH,
@@ -249,6 +285,8 @@ def make_report(
         train_loss=train_loss,
         val_loss=val.loss,
         val_accuracy=val.accuracy,
+        val_balanced_accuracy=val.balanced_accuracy,
+        val_macro_f1=val.macro_f1,
         seconds=state.seconds,
         images_per_second=images_per_second,
         finished=last or reason is not None,
@@ -261,22 +299,27 @@ def make_report(
 
 
 def stop_reason(
-    config: TrainConfig, history: Sequence[Mapping[str, Any]], step: int, val_accuracy: float
+    config: TrainConfig,
+    history: Sequence[Mapping[str, Any]],
+    step: int,
+    value: float,
+    objective: Objective,
 ) -> str | None:
-    """Early stopping: why the training should end with this validation accuracy, or None.
+    """Early stopping: why the training should end with this validation value, or None.
 
     history: the reports before, oldest first, of which the first best one counts.
     """
-    known = [report for report in history if not math.isnan(report["val_accuracy"])]
-    best = max(known, key=lambda report: float(report["val_accuracy"]), default=None)
+    name = f"val_{objective}"
+    known = [report for report in history if not math.isnan(report[name])]
+    best = max(known, key=lambda report: float(report[name]), default=None)
     patience = config.patience
-    if not patience or best is None or val_accuracy > best["val_accuracy"]:
+    if not patience or best is None or value > best[name]:
         return None
     if step - best["step"] < patience * STEPS_AN_EPOCH:
         return None
     return (
-        f"early stopping: no better validation accuracy than {best['val_accuracy']:.4f} "
-        f"of epoch {best['epoch']:g} in {patience} epochs"
+        f"early stopping: no better validation {objective.replace('_', ' ')} than "
+        f"{best[f'val_{objective}']:.4f} of epoch {best['epoch']:g} in {patience} epochs"
     )
 
 

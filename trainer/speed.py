@@ -10,6 +10,7 @@ from trainer.data.dataset import ImageDataset, Split
 from trainer.device import choose_plan
 from trainer.evaluate import Normaliser, evaluate
 from trainer.loop import optimizer_step, to_device
+from trainer.mixing import mix
 from trainer.seeds import seeded_generator
 from trainer.state import TrainState
 
@@ -53,7 +54,9 @@ def measure_speed(config: TrainConfig, data: ImageDataset, *, device: str, secon
         start = index * config.batch_size % max(1, len(split) - config.batch_size + 1)
         end = start + config.batch_size
         images = augment(split.images[start:end], config, generator)
-        float(optimizer_step(state, normalise(images), split.labels[start:end]))
+        labels = split.labels[start:end]
+        images, partners = mix(normalise(images), labels, config, generator)
+        float(optimizer_step(state, images, labels, partners))
         return config.batch_size
 
     step(0)  # loads kernels

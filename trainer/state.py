@@ -16,7 +16,7 @@ from trainer.data.dataset import ImageDataset
 from trainer.device import DevicePlan, prepare
 from trainer.optim import make_optimizer
 
-FORMAT = 2
+FORMAT = 3
 STEPS_AN_EPOCH = 4
 _KEYS = {
     "config", "plan", "data_identity", "model", "optimizer", "averages", "step", "images_seen",

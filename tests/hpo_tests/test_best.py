@@ -65,7 +65,9 @@ def searched(
         database = Database(url_of(postgres, "test_best"))  # type: ignore[arg-type]
         database.open()
         ensure_tables(database)
-        options = LaunchOptions(data="digits", trials=10, epochs=EPOCHS, backbones="smallcnn")
+        options = LaunchOptions(
+            data="digits", trials=10, epochs=EPOCHS, backbones="smallcnn", objective="macro_f1"
+        )
         doing.append("search")
         record = prepare_study(database, options)
         work(database, record)
@@ -104,6 +106,8 @@ def test_the_winner_is_rechecked_retrained_and_tested_once(
     assert set(report.winner.averages) == {"ema", "tail"}
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["study"] == record.name
+    assert manifest["objective"] == "macro_f1"
+    assert manifest["metrics"]["search"] == {"val_macro_f1": report.winner.search_value}
     assert manifest["candidates"] == [candidate.to_json() for candidate in report.candidates]
     assert manifest["config"]["average"] == manifest["averaging"]["chosen"]
     seeds = {run.attributes["config"]["seed"] for run in rechecks(database, record)}

@@ -14,8 +14,9 @@ from tests.parts import PASSWORD, Hpo, TcpPostgres, free_port
 _COMMANDS = {
     "launch": {
         "--study", "--data", "--image-size", "--max-broken", "--max-memory", "--trials",
-        "--epochs", "--workers", "--devices", "--space", "--backbone", "--seed", "--folds", "--timeout",
-        "--weights", "--max-params", "--max-megabytes", "--max-latency-ms", "--detach",
+        "--epochs", "--workers", "--devices", "--space", "--backbone", "--seed", "--folds",
+        "--objective", "--timeout", "--weights", "--max-params", "--max-megabytes",
+        "--max-latency-ms", "--detach",
         "--storage", "--json",
     },
     "worker": {"--study", "--device", "--storage"},

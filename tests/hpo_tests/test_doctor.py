@@ -54,6 +54,7 @@ def test_fields_that_can_not_matter_are_said(database: Database, tmp_path: Path)
     file.write_text(
         '[space]\nlr = { low = 1e-3, high = 1e-3 }\nbackbone = ["smallcnn"]\n'
         "batch_size = 4096\nepochs = 2\npatience = 5\ntranslate = 9\nweight_decay = 0.0\n"
+        'policy = ["none", "trivialaugment"]\npolicy_magnitude = [9, 20]\n'
     )
     said = [
         finding.text
@@ -65,6 +66,7 @@ def test_fields_that_can_not_matter_are_said(database: Database, tmp_path: Path)
     assert said == [
         "lr can only be 0.001",
         "backbone has one choice, 'smallcnn'",
+        "policy_magnitude is ignored, whatever is chosen for the other fields",
         "patience is never used up in 2 epochs",
         "translate of 9 can hide all of an image of 8 pixels",
         "a batch of 4096 is more than the 1150 images there are",

@@ -56,7 +56,9 @@ def test_flags_go_before_the_space_file(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("options", [{"trials": 0}, {"epochs": 0}, {"study": "a b"}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "options", [{"trials": 0}, {"epochs": 0}, {"study": "a b"}, {"seed": -1}, {"objective": "f1"}]
+)
 def test_options_that_can_not_be_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         LaunchOptions(**options)  # type: ignore[arg-type]

@@ -1,9 +1,11 @@
-"""What a trial does with checkpoints that can't be used, or can't be kept."""
+"""What a trial reports, and does with checkpoints that can't be used, or can't be kept."""
 
+import dataclasses
 import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import optuna
 import pytest
@@ -19,8 +21,11 @@ from storage.database import Database
 from storage.leases import Lease
 from storage.snapshots import snapshot
 from storage.studies import OpenStudy, StudyRecord, create_study
+from trainer.config import Objective, TrainConfig
 from trainer.data.dataset import ImageDataset
 from trainer.data.registry import load
+from trainer.device import DevicePlan
+from trainer.loop import train
 
 SPEC = StudySpec(
     data="digits",
@@ -110,6 +115,21 @@ def test_a_trial_whose_checkpoint_is_another_s_begins_anew(
     assert "trial 0 begins anew: the checkpoint" in caplog.text
     (trial,) = snapshot(database, study.record.study_id).trials
     assert (trial.number, trial.steps, trial.attempts) == (0, (4, 8), 2)
+
+
+@pytest.mark.parametrize("objective", get_args(Objective))
+def test_a_trial_reports_the_objective_and_its_last_report_is_its_value(
+    objective: Objective, database: Database, study: OpenStudy, digits: ImageDataset
+) -> None:
+    spec = dataclasses.replace(SPEC, objective=objective)
+    lease = claim(database, study.record)
+    outcome = TrialRun(study, spec, lease, digits, device="cpu", pulse=lambda: None).run()
+    (trial,) = snapshot(database, study.record.study_id).trials
+    config = TrainConfig.from_dict(trial.attributes["config"])
+    plan = DevicePlan.from_dict(trial.attributes["plan"])
+    reports = list(train(config, digits, plan))
+    assert list(trial.values) == [report.to_dict()[f"val_{objective}"] for report in reports]
+    assert outcome.value == trial.value == trial.values[-1]
 
 
 def test_a_worker_says_once_that_there_is_no_room_for_checkpoints(

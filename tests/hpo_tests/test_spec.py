@@ -46,6 +46,9 @@ def test_only_given_options_are_compared() -> None:
         "data is 'digits' there and 'cifar10' here",
         "epochs is 3 there and 4 here",
     ]
+    assert SPEC.differences({"objective": "macro_f1"}) == [
+        "objective is 'accuracy' there and 'macro_f1' here"
+    ]
     assert SPEC.differences({"image_size": 32, "max_broken": 0.05}) == [
         "image_size is 64 there and 32 here"
     ]

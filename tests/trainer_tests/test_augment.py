@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from typing import Any
 
@@ -5,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.augment import augment, cutout, flip, rotate, translate
+from trainer.augment import augment, cutout, erase, flip, rotate, translate
 from trainer.config import ConfigError, TrainConfig
 
 
@@ -109,6 +110,37 @@ def test_cutout_hides_one_square_at_most_cut_by_the_border() -> None:
     assert torch.equal(height * width, areas)
 
 
+def test_erasing_overwrites_a_rectangle_of_some_images_with_noise() -> None:
+    images = torch.zeros(2000, 3, 20, 30, dtype=torch.uint8)
+    result = erase(images, 0.3, generator())
+    hidden = (result != 0).any(dim=1)
+    chosen = hidden.flatten(1).any(dim=1)
+    assert 500 < int(chosen.sum()) < 700
+    rows, columns = hidden.any(dim=2), hidden.any(dim=1)
+    tall, wide = rows.sum(dim=1)[chosen], columns.sum(dim=1)[chosen]
+    share = tall * wide / 600
+    assert 0.015 < float(share.min()) < 0.05
+    assert 0.3 < float(share.max()) < 0.36
+    ratio = tall / wide
+    assert 0.2 < float(ratio.min()) < 0.4
+    assert 2.5 < float(ratio.max()) < 4
+    noise = result[chosen].flatten()
+    assert 115 < float(noise[noise > 0].float().mean()) < 140
+    everywhere = hidden.float().mean(dim=0)
+    assert float(everywhere.min()) > 0
+    assert torch.equal(erase(images, 0.0, generator()), images)
+    assert bool((erase(images, 1.0, generator()) != 0).flatten(1).any(dim=1).all())
+
+
+def test_an_erased_rectangle_leaves_something_of_the_smallest_images() -> None:
+    for height, width in ((2, 2), (3, 40)):
+        images = torch.ones(500, 1, height, width, dtype=torch.uint8)
+        erased = erase(images, 1.0, generator()) != 1
+        assert int(erased.flatten(1).sum(dim=1).max()) <= (height - 1) * (width - 1)
+    with pytest.raises(ConfigError, match="erasing needs images of at least 2 pixels each way"):
+        augment(images[:, :, :1], TrainConfig(erasing=0.5), generator())
+
+
 ALL = TrainConfig(flip=True, translate=2, rotation=15, cutout=3)
 
 
@@ -122,13 +154,16 @@ def test_shape_and_type_stay_and_the_given_images_are_not_changed(dtype: torch.d
     assert not torch.equal(result, images)
 
 
-def test_the_generator_alone_decides() -> None:
+@pytest.mark.parametrize(
+    "config", [ALL, dataclasses.replace(ALL, policy="trivialaugment", erasing=0.5)]
+)
+def test_the_generator_alone_decides(config: TrainConfig) -> None:
     images = random_images()
     global_state = torch.get_rng_state()
-    first = augment(images, ALL, generator(5))
+    first = augment(images, config, generator(5))
     assert torch.equal(torch.get_rng_state(), global_state)
-    assert torch.equal(first, augment(images, ALL, generator(5)))
-    assert not torch.equal(first, augment(images, ALL, generator(6)))
+    assert torch.equal(first, augment(images, config, generator(5)))
+    assert not torch.equal(first, augment(images, config, generator(6)))
 
 
 def test_strength_zero_returns_the_same_tensor_and_draws_nothing() -> None:

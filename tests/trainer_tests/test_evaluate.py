@@ -1,4 +1,5 @@
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from sklearn import metrics
 from torch import Tensor, nn
 
 import trainer.evaluate
+from trainer.config import Objective
 from trainer.data.dataset import Split
 from trainer.device import DevicePlan
 from trainer.evaluate import (
@@ -57,6 +59,14 @@ def test_loss_and_accuracy_are_those_of_all_images_whatever_the_batches() -> Non
     assert result.loss == pytest.approx(float(expected), rel=1e-5)
     correct = int((logits.argmax(dim=1) == split.labels).sum())
     assert result.accuracy == correct / 53
+    predicted = logits.argmax(dim=1)
+    balanced = metrics.balanced_accuracy_score(split.labels, predicted)
+    assert result.balanced_accuracy == pytest.approx(balanced)
+    f1 = metrics.f1_score(split.labels, predicted, average="macro")
+    assert result.macro_f1 == pytest.approx(f1)
+    values = [result.value(name) for name in get_args(Objective)]
+    assert values == [result.accuracy, result.balanced_accuracy, result.macro_f1]
+    assert len(set(values)) == 3
 
 
 @pytest.mark.usefixtures("batch_values")
@@ -79,7 +89,7 @@ def test_the_models_mode_and_statistics_stay(training: bool) -> None:
 def test_an_empty_split_has_no_accuracy() -> None:
     result = evaluate(network(), some_split(0), CPU, mean=MEAN, std=STD)
     assert math.isnan(result.loss)
-    assert math.isnan(result.accuracy)
+    assert all(math.isnan(result.value(name)) for name in get_args(Objective))
     assert result.num_images == 0
 
 
@@ -101,6 +111,16 @@ def test_pulse_comes_before_each_batch_and_its_error_comes_out(
         evaluate(model, some_split(), CPU, mean=MEAN, std=STD, pulse=pulse)
     assert model.training
     assert torch.is_grad_enabled()
+
+
+def test_a_class_without_images_does_not_count_in_the_balanced_accuracy() -> None:
+    model, split = network(), some_split()
+    rest = split.take((split.labels != 2).nonzero()[:, 0])
+    result = evaluate(model, rest, CPU, mean=MEAN, std=STD)
+    matrix = confusion_matrix(expected_logits(model, rest.images), rest.labels)
+    recalls = [int(matrix[c, c]) / int(matrix[c].sum()) for c in (0, 1, 3)]
+    assert result.balanced_accuracy == pytest.approx(sum(recalls) / 3)
+    assert result.macro_f1 == macro_f1(matrix)
 
 
 def test_metrics_are_those_of_scikit_learn() -> None:

@@ -2,16 +2,16 @@ import dataclasses
 import io
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.averaging import Averages
-from trainer.config import DataError, OutOfMemory, TrainConfig, TrainingDiverged
+from trainer.config import DataError, Objective, OutOfMemory, TrainConfig, TrainingDiverged
 from trainer.data.dataset import ImageDataset
 from trainer.data.registry import load
 from trainer.device import DevicePlan
@@ -24,6 +24,7 @@ from trainer.loop import (
     optimizer_step,
     train,
 )
+from trainer.mixing import Partners
 from trainer.optim import lr_at, make_optimizer
 from trainer.state import FORMAT, CheckpointError, TrainState
 
@@ -264,6 +265,36 @@ def test_training_ends_early_when_patience_does(digits: ImageDataset) -> None:
     assert list(train(config(still, patience=2), digits, CPU, resume=last.state.to_bytes())) == []
 
 
+@pytest.fixture(scope="module")
+def crooked(digits: ImageDataset) -> ImageDataset:
+    """Two thirds of its validation images are zeros."""
+    zeros = (digits.val.labels == 0).nonzero()[:, 0].repeat(20)
+    val = digits.val.take(torch.cat([torch.arange(100), zeros]))
+    return dataclasses.replace(digits, val=val)
+
+
+@pytest.mark.parametrize("objective", get_args(Objective))
+def test_patience_looks_at_the_objective(crooked: ImageDataset, objective: Objective) -> None:
+    chosen = config(lr=2e-3, epochs=12, patience=1)
+    reports = list(train(chosen, crooked, CPU, objective=objective))
+    first, last = reports[0], reports[-1]
+    assert len({first.val_accuracy, first.val_balanced_accuracy, first.val_macro_f1}) == 3
+    values = [report.to_dict()[f"val_{objective}"] for report in reports]
+    assert values == [report.value(objective) for report in reports]
+    assert last.step < 48
+    best = reports[values.index(max(values))]
+    assert last.step - best.step == 4
+    words = objective.replace("_", " ")
+    assert f"no better validation {words} than {max(values):.4f}" in str(last.reason)
+
+
+def test_averages_are_tried_by_the_objective(crooked: ImageDataset) -> None:
+    chosen = config(lr=2e-3, average="ema")
+    *_, last = train(chosen, crooked, CPU, objective="macro_f1", try_averages=("tail",))
+    assert last.averages["ema"] == last.val_macro_f1 != last.val_accuracy
+    assert set(last.averages) == {"ema", "tail"}
+
+
 def test_a_finished_training_has_nothing_to_resume(digits: ImageDataset) -> None:
     *_, last = train(CONFIG, digits, CPU)
     assert list(train(CONFIG, digits, CPU, resume=last.state.to_bytes())) == []
@@ -350,12 +381,16 @@ def linear_state(plan: DevicePlan) -> TrainState:
     )
 
 
-def test_micro_batches_add_up_to_the_whole_batch() -> None:
+@pytest.mark.parametrize("partners", [None, Partners(labels=torch.arange(11) // 4, share=0.7)])
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 1.0, 3.0])])
+def test_micro_batches_add_up_to_the_whole_batch(
+    partners: Partners | None, weights: Tensor | None
+) -> None:
     images, labels = torch.randn(11, 1, 4, 4), torch.arange(11) % 3
     results = []
     for micro_batch in (None, 2, 4, 100):
         state = linear_state(dataclasses.replace(CPU, micro_batch=micro_batch))
-        loss = optimizer_step(state, images, labels)
+        loss = optimizer_step(state, images, labels, partners, weights)
         results.append([loss, *state.model.parameters()])
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])

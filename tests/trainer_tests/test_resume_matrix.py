@@ -83,6 +83,34 @@ def test_a_resumed_curve_is_bit_for_bit_the_uninterrupted_one(
     assert_same_bits(resumed, whole)
 
 
+REGULARISED: list[dict[str, Any]] = [
+    {"mixup": 0.4},
+    {"cutmix": 1.0, "label_smoothing": 0.1},
+    {"mixup": 1.0, "cutmix": 1.0, "balance": "loss"},
+    {"erasing": 0.5},
+    {"policy": "trivialaugment"},
+    {"policy": "randaugment", "policy_magnitude": 15},
+    {"balance": "loss"},
+    {"balance": "sampling"},
+]
+
+
+@pytest.mark.parametrize("fields", REGULARISED)
+def test_regularisation_and_balance_resume_bit_for_bit(fields: dict[str, Any]) -> None:
+    config = TrainConfig.from_dict(
+        {"backbone": "smallcnn", "batch_size": 4, "epochs": 2, "flip": True, **fields}
+    )
+    data = random_data(8)
+    uninterrupted = train(config, data, PLAN)
+    checkpoints = [next(uninterrupted).state.to_bytes() for _ in range(2)]
+    (whole,) = uninterrupted
+    for checkpoint in checkpoints:
+        torch.rand(3)
+        *_, resumed = train(config, data, PLAN, resume=checkpoint)
+        assert curve_of(resumed.state.history) == curve_of(whole.state.history)
+        assert_same_bits(resumed, whole)
+
+
 def assert_same_bits(first: ProgressReport, second: ProgressReport) -> None:
     """Weights, statistics and what the optimizer keeps are equal."""
     for one, other in (

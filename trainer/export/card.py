@@ -84,10 +84,16 @@ def _search(manifest: Mapping[str, Any]) -> str:
             f"{safe(key)} {number(value)}" for key, value in trial.get("params", {}).items()
         )
         lines.append(
-            f"Best: trial {number(trial.get('number'))}, validation accuracy "
+            f"Best: trial {number(trial.get('number'))}, validation {_objective(manifest)[0]} "
             f"{share(trial.get('value'))} in the search ({params})."
         )
     return "\n\n".join(line for line in lines if line)
+
+
+def _objective(manifest: Mapping[str, Any]) -> tuple[str, str]:
+    """What the search judged by: in words, and its name among the metrics of the test."""
+    name = str(manifest.get("objective", "accuracy"))
+    return safe(name.replace("_", " ")), "macro_recall" if name == "balanced_accuracy" else name
 
 
 def _choice(values: Any) -> str:
@@ -109,8 +115,8 @@ def _candidates(manifest: Mapping[str, Any], tested: Mapping[str, Any]) -> str:
             return ""
         return (
             f"{head}\n\nNo candidate was trained again. The value that won a search is too high in "
-            f"the mean; here it is {share(trial['value'])}, and {share(tested['accuracy'])} on the "
-            "test images."
+            f"the mean; here it is {share(trial['value'])}, and "
+            f"{share(tested[_objective(manifest)[1]])} on the test images."
         )
     rows = (
         (
@@ -124,7 +130,7 @@ def _candidates(manifest: Mapping[str, Any], tested: Mapping[str, Any]) -> str:
     )
     text = [
         head,
-        "Candidates trained again with fresh seeds; validation accuracy:",
+        f"Candidates trained again with fresh seeds; validation {_objective(manifest)[0]}:",
         table(("trial", "in the search", "mean", "std", "values"), rows),
     ]
     winner = trial.get("number") if isinstance(trial, Mapping) else None

@@ -1,0 +1,86 @@
+import dataclasses
+
+import torch
+
+from trainer.balance import balanced_order, class_weights
+from trainer.config import TrainConfig
+from trainer.data.dataset import ImageDataset, Split
+from trainer.device import DevicePlan
+from trainer.loop import order_of, train
+
+CROOKED = torch.tensor([0, 0, 0, 0, 3] * 100).where(torch.arange(500) % 61 != 7, 1)
+"""500 images of four classes, one of which has none."""
+
+
+def test_weights_are_inverse_to_the_class_s_size_and_one_on_average() -> None:
+    weights = class_weights(CROOKED, 5)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights[CROOKED].mean(), torch.tensor(1.0))
+    totals = weights * torch.tensor([CROOKED.tolist().count(label) for label in range(5)])
+    torch.testing.assert_close(totals, 500 / 3 * torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0]))
+
+
+def test_classes_of_equal_size_weigh_one() -> None:
+    torch.testing.assert_close(class_weights(torch.arange(12) % 4, 4), torch.ones(4))
+
+
+def test_an_epoch_draws_as_many_images_as_there_are_and_each_class_as_often() -> None:
+    counts = torch.zeros(4, dtype=torch.int64)
+    times = torch.zeros(500, dtype=torch.int64)
+    for epoch in range(60):
+        order = balanced_order(0, epoch, CROOKED)
+        assert order.shape == (500,)
+        counts += CROOKED[order].bincount(minlength=4)
+        times += order.bincount(minlength=500)
+    assert counts.sum() == 60 * 500
+    assert counts[2] == 0
+    assert bool((counts[[0, 1, 3]].float() / 30_000 - 1 / 3).abs().max() < 0.02)
+    # within a class all images are equally likely
+    rare = times[CROOKED == 1].float()
+    assert len(rare) == 9
+    assert float((rare / rare.mean() - 1).abs().max()) < 0.1
+
+
+def test_each_epoch_draws_anew_and_the_same_epoch_the_same() -> None:
+    assert torch.equal(balanced_order(3, 1, CROOKED), balanced_order(3, 1, CROOKED))
+    assert not torch.equal(balanced_order(3, 1, CROOKED), balanced_order(3, 2, CROOKED))
+    assert not torch.equal(balanced_order(3, 1, CROOKED), balanced_order(4, 1, CROOKED))
+
+
+def test_only_balanced_sampling_draws_with_replacement() -> None:
+    for balance in ("none", "loss"):
+        order = order_of(TrainConfig.from_dict({"balance": balance}), 0, CROOKED)
+        assert sorted(order.tolist()) == list(range(500))
+    order = order_of(TrainConfig(balance="sampling"), 0, CROOKED)
+    assert len(set(order.tolist())) < 400
+
+
+def crooked_noise() -> ImageDataset:
+    """Two classes, 20 to 1, told apart by a little light in much noise."""
+    labels = torch.tensor([0] * 400 + [1] * 20 + [0, 1] * 100)
+    noise = torch.randint(160, (620, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    images = (noise + 12 * labels.view(-1, 1, 1, 1)).to(torch.uint8)
+    split = Split(images, labels)
+    return ImageDataset(
+        name="noise",
+        train=split.take(range(420)),
+        val=split.take(range(420, 620)),
+        class_names=("many", "few"),
+        mean=(0.32,),
+        std=(0.18,),
+        fingerprint="0" * 64,
+        flips=True,
+        open_test=lambda: split.take([]),
+    )
+
+
+def test_both_ways_find_the_rare_class_where_a_plain_loss_does_not() -> None:
+    data = crooked_noise()
+    config = TrainConfig(backbone="smallcnn", epochs=4, batch_size=32, lr=3e-3)
+    found = {}
+    for balance in ("none", "loss", "sampling"):
+        chosen = dataclasses.replace(config, balance=balance)
+        *_, last = train(chosen, data, DevicePlan(device="cpu"))
+        found[balance] = last.val_balanced_accuracy
+    assert found["loss"] > found["none"] + 0.1
+    assert found["sampling"] > found["none"] + 0.1
