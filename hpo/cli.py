@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hpo.arguments import Earlier, Pruner, Sampler, Settings, Tries
 from hpo.errors import ExitCode, UsageError, exit_code
 
 app = typer.Typer(
@@ -100,6 +101,11 @@ def launch(
     max_latency_ms: Annotated[
         float | None, typer.Option(help="For one image on a worker.  [default: any]")
     ] = None,
+    sampler: Sampler = None,
+    pruner: Pruner = None,
+    tries: Tries = None,
+    earlier: Earlier = None,
+    settings: Settings = None,
     detach: Annotated[
         bool, typer.Option("--detach", help="Leave it running in the background.")
     ] = False,
@@ -113,6 +119,7 @@ def launch(
     from hpo.options import LaunchOptions
     from hpo.progress import reading_bar
     from hpo.quantities import parse_bytes, parse_duration
+    from hpo.search import SearchOptions
     from hpo.status import how_to_go_on, launch_command, status_json
 
     options = LaunchOptions(
@@ -131,6 +138,13 @@ def launch(
         timeout_seconds=(None if timeout is None else parse_duration("--timeout", timeout)),
         limits=Limits(
             max_params=max_params, max_megabytes=max_megabytes, max_latency_ms=max_latency_ms
+        ),
+        search=SearchOptions(
+            sampler=sampler,
+            pruner=pruner,
+            tries=tuple(tries or ()),
+            earlier=earlier,
+            settings=tuple(settings or ()),
         ),
     )
     database = _open(storage)
@@ -371,6 +385,7 @@ def doctor(
     ] = None,
     space: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="As for launch.")] = None,
     backbone: Annotated[str | None, typer.Option(metavar="A,B", help="As for launch.")] = None,
+    settings: Settings = None,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
@@ -378,6 +393,7 @@ def doctor(
     from hpo.doctor import examine
     from hpo.options import LaunchOptions
     from hpo.progress import reading_bar
+    from hpo.search import SearchOptions
 
     options = LaunchOptions(
         data=data,
@@ -389,6 +405,7 @@ def doctor(
         devices=devices,
         space=space,
         backbones=backbone,
+        search=SearchOptions(settings=tuple(settings or ())),
     )
     found = []
     with reading_bar(sys.stderr) as progress:

@@ -7,6 +7,7 @@ from typing import Any
 
 from hpo.errors import UsageError
 from hpo.limits import Limits
+from hpo.search import SearchOptions
 from hpo.space import SearchSpace, read_space
 from hpo.spec import check_study_name
 from trainer.data.options import DataOptions
@@ -30,6 +31,7 @@ class LaunchOptions:
     devices: str | None = None
     timeout_seconds: float | None = None
     limits: Limits = field(default_factory=Limits)
+    search: SearchOptions = field(default_factory=SearchOptions)
 
     def __post_init__(self) -> None:
         if self.trials is not None and not 1 <= self.trials <= 1_000_000:
@@ -55,4 +57,4 @@ class LaunchOptions:
             fields["backbone"] = SearchSpace.from_json({"backbone": names}).fields["backbone"]
         if self.epochs is not None:
             fields["epochs"] = self.epochs
-        return fields
+        return {**fields, **self.search.fixed()}

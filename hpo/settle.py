@@ -59,6 +59,9 @@ def settle(
         space=space,
         seed=seed,
         limits=options.limits,
+        sampler=options.search.sampler or StudySpec.sampler,
+        pruner=options.search.pruner or StudySpec.pruner,
+        earlier=options.search.earlier,
         first_rung=first_rung(
             num_train=len(dataset.train), largest_batch=int(space.largest("batch_size"))
         ),

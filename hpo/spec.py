@@ -41,6 +41,12 @@ class StudySpec:
     limits: Limits = field(default_factory=Limits)
     data_options: DataOptions = DEFAULT_OPTIONS
     """How pictures are read: workers read them as the launcher did."""
+    sampler: str = "tpe"
+    """Who proposes what trials are to be: a key of hpo.samplers.SAMPLERS."""
+    pruner: str = "rungs"
+    """Who decides whether a trial goes on: a key of hpo.pruners.PRUNERS."""
+    earlier: str | None = None
+    """The study whose best trials this one begins with."""
     eta: int = 4
     """One in `eta` goes on at each rung."""
     lease_seconds: float = 30.0
@@ -97,8 +103,8 @@ class StudySpec:
     def differences(self, given: Mapping[str, Any]) -> list[str]:
         """Where options differ from this spec, in words.
 
-        given: `data`, `seed`, limits, fields of DataOptions and of the space; what is not in it is
-        not compared.
+        given: `data`, `seed`, `sampler`, `pruner`, `from`, limits, fields of DataOptions and of the
+        space; what is not in it is not compared.
         """
         mine = {
             **self.space.fields,
@@ -106,6 +112,9 @@ class StudySpec:
             **self.limits.given(),
             "data": self.data,
             "seed": self.seed,
+            "sampler": self.sampler,
+            "pruner": self.pruner,
+            "from": self.earlier,
         }
         return [
             f"{name} is {mine.get(name)!r} there and {value!r} here"
