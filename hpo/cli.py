@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hpo.arguments import Earlier, Pruner, Sampler, Settings, Tries
 from hpo.errors import ExitCode, UsageError, exit_code
 
 app = typer.Typer(
@@ -119,6 +120,11 @@ def launch(
     max_latency_ms: Annotated[
         float | None, typer.Option(help="For one image on a worker.  [default: any]")
     ] = None,
+    sampler: Sampler = None,
+    pruner: Pruner = None,
+    tries: Tries = None,
+    earlier: Earlier = None,
+    settings: Settings = None,
     detach: Annotated[
         bool, typer.Option("--detach", help="Leave it running in the background.")
     ] = False,
@@ -132,6 +138,7 @@ def launch(
     from hpo.options import LaunchOptions
     from hpo.progress import reading_bar
     from hpo.quantities import parse_bytes, parse_duration
+    from hpo.search import SearchOptions
     from hpo.status import how_to_go_on, launch_command, status_json
 
     options = LaunchOptions(
@@ -153,6 +160,13 @@ def launch(
         timeout_seconds=(None if timeout is None else parse_duration("--timeout", timeout)),
         limits=Limits(
             max_params=max_params, max_megabytes=max_megabytes, max_latency_ms=max_latency_ms
+        ),
+        search=SearchOptions(
+            sampler=sampler,
+            pruner=pruner,
+            tries=tuple(tries or ()),
+            earlier=earlier,
+            settings=tuple(settings or ()),
         ),
     )
     database = _open(storage)
@@ -394,6 +408,7 @@ def doctor(
     space: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="As for launch.")] = None,
     backbone: Annotated[str | None, typer.Option(metavar="A,B", help="As for launch.")] = None,
     folds: Annotated[int | None, typer.Option(metavar="K", help="As for launch.")] = None,
+    settings: Settings = None,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
@@ -401,6 +416,7 @@ def doctor(
     from hpo.doctor import examine
     from hpo.options import LaunchOptions
     from hpo.progress import reading_bar
+    from hpo.search import SearchOptions
 
     options = LaunchOptions(
         data=data,
@@ -413,6 +429,7 @@ def doctor(
         space=space,
         backbones=backbone,
         folds=folds,
+        search=SearchOptions(settings=tuple(settings or ())),
     )
     found = []
     with reading_bar(sys.stderr) as progress:

@@ -4,15 +4,19 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from hpo.errors import UsageError
 from hpo.executors.local import LocalExecutor, num_cores, worker_devices
 from hpo.logs import open_log
 from hpo.options import LaunchOptions
+from hpo.points import add_points
+from hpo.samplers import grid_size
 from hpo.settle import check_backbones, settle
 from hpo.spec import StudySpec, check_study_name
+from hpo.warm_start import starting_points
 from storage.database import Database
 from storage.errors import StudyNotFound
 from storage.home import home
@@ -42,36 +46,62 @@ def prepare_study(
     name, data = _name_and_data(database, options)
     fields = options.given_fields()
     check_backbones(fields)
-    try:
-        record = find_study(database, name)
-    except StudyNotFound:
+    record = _found(database, name)
+    if record is None:
         spec, _ = settle(data, fields, options, progress)
-        budget = options.trials or DEFAULT_BUDGET
+    else:
+        spec = StudySpec.from_json(record.spec)
+    budget = options.trials or (DEFAULT_BUDGET if record is None else record.budget)
+    budget = within_grid(spec, budget)
+    points = starting_points(database, name, spec, options.search)
+    if record is None:
         record = create_study(database, name, spec=spec.to_json(), budget=budget)
-    spec = StudySpec.from_json(record.spec)
     given = {
         **fields,
         **options.limits.given(),
         **options.given_data_options(),
+        **options.search.given(),
         "data": data if options.data else None,
         "seed": options.seed,
         "folds": options.folds,
         "objective": options.objective,
     }
-    known = {key: value for key, value in given.items() if value is not None}
-    differences = spec.differences(known)
-    if differences:
-        raise UsageError(
-            f"study {name!r} exists with another spec: {'; '.join(differences)}; "
-            "leave that option out to continue it, or give another --study"
-        )
+    _check_same(record, {key: value for key, value in given.items() if value is not None})
+    add_points(database, record, points, budget=budget)
     relaunch(
         database,
         record.study_id,
-        budget=options.trials,
+        budget=budget if options.trials else None,
         timeout_seconds=options.timeout_seconds,
     )
     return find_study(database, name)
+
+
+def within_grid(spec: StudySpec, budget: int) -> int:
+    """The budget, or the size of the study's grid if that is smaller. Raises UsageError."""
+    if spec.sampler != "grid":
+        return budget
+    size = grid_size(spec.space)
+    if size < budget:
+        logger.warning("the grid has %d points: %d trials are enough", size, size)
+    return min(size, budget)
+
+
+def _found(database: Database, name: str) -> StudyRecord | None:
+    try:
+        return find_study(database, name)
+    except StudyNotFound:
+        return None
+
+
+def _check_same(record: StudyRecord, given: Mapping[str, Any]) -> None:
+    """Raises UsageError if the study is not what the options say."""
+    differences = StudySpec.from_json(record.spec).differences(given)
+    if differences:
+        raise UsageError(
+            f"study {record.name!r} exists with another spec: {'; '.join(differences)}; "
+            "leave that option out to continue it, or give another --study"
+        )
 
 
 def _name_and_data(database: Database, options: LaunchOptions) -> tuple[str, str]:

@@ -11,7 +11,9 @@ import optuna
 from optuna.trial import TrialState
 
 from hpo.folding import bytes_beside_a_model, folds_of
-from hpo.rungs import is_rung, judge
+from hpo.points import RECIPE, suggest_config
+from hpo.pruners import PRUNERS, Moment
+from hpo.samplers import SAMPLERS, Draw
 from hpo.spec import StudySpec
 from storage.checkpoints import Checkpoints
 from storage.leases import Lease
@@ -95,11 +97,19 @@ class TrialRun:
             return TrainConfig.from_dict(self._attributes["config"])
         # seeded by the trial, so that a resumed trial is proposed what it would have been
         seed = trial_seed(self._spec.seed, self.number)
-        self._study.study.sampler = _sampler(seed, self._study.study.sampler)
+        draw = Draw(
+            space=self._spec.space,
+            study_seed=self._spec.seed,
+            seed=seed,
+            number=self.number,
+            take_point=lambda num_points: self._study.take_point(self._lease, num_points),
+        )
+        self._study.study.sampler = SAMPLERS[self._spec.sampler](draw)
 
         def suggest() -> TrainConfig:
             trial = optuna.Trial(self._study.study, self._trial_id)
-            return self._spec.space.suggest(trial, seed=seed)
+            recipe = self._attributes.get(RECIPE)
+            return suggest_config(self._spec.space, trial, seed=seed, recipe=recipe)
 
         return self._study.write(self._lease, suggest)
 
@@ -223,19 +233,16 @@ class TrialRun:
         if report["finished"]:
             reason = report["reason"] or f"trained for {self._spec.epochs} epochs"
             return Outcome(state=TrialState.COMPLETE, value=value, reason=reason)
-        spec = self._spec
-        if not is_rung(step, first=spec.first_rung, num_epochs=spec.epochs, eta=spec.eta):
-            return None
-        standing = self._study.standing(step, value, except_trial_id=self._trial_id)
-        verdict = judge(
+        moment = Moment(
+            study=self._study,
+            spec=self._spec,
+            trial_id=self._trial_id,
+            number=self.number,
             step=step,
             value=value,
-            num_better=standing.num_better,
-            num_others=standing.num_others,
-            num_epochs=spec.epochs,
-            eta=spec.eta,
         )
-        if verdict.goes_on:
+        verdict = PRUNERS[self._spec.pruner](moment)
+        if verdict is None or verdict.goes_on:
             return None
         return Outcome(state=TrialState.PRUNED, value=value, reason=verdict.reason)
 
@@ -284,15 +291,6 @@ class TrialRun:
     def _do_without_checkpoints(self, error: OSError) -> None:
         self._checkpoints = None
         _say_without_checkpoints(error.strerror or str(error))
-
-
-def _sampler(seed: int, earlier: optuna.samplers.BaseSampler) -> optuna.samplers.BaseSampler:
-    """A TPE sampler of this seed that need not read again what an earlier one of the study read."""
-    sampler = optuna.samplers.TPESampler(seed=seed)
-    if isinstance(earlier, optuna.samplers.TPESampler):
-        # what all trials have in common: 30 ms at 1,000 trials to find out anew
-        sampler._search_space = earlier._search_space
-    return sampler
 
 
 @functools.cache

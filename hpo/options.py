@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from hpo.errors import UsageError
 from hpo.limits import Limits
+from hpo.search import SearchOptions
 from hpo.space import SearchSpace, read_space
 from hpo.spec import check_folds, check_study_name
 from trainer.config import Objective, unknown_name
@@ -34,6 +35,7 @@ class LaunchOptions:
     devices: str | None = None
     timeout_seconds: float | None = None
     limits: Limits = field(default_factory=Limits)
+    search: SearchOptions = field(default_factory=SearchOptions)
 
     def __post_init__(self) -> None:
         if self.trials is not None and not 1 <= self.trials <= 1_000_000:
@@ -64,6 +66,7 @@ class LaunchOptions:
             fields["epochs"] = self.epochs
         if self.weights is not None:
             fields["weights"] = str(self.weights)
+        fields |= self.search.fixed()
         if "weights" in fields:
             fields["weights"] = _absolute(fields["weights"])
         return fields

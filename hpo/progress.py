@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.rungs import STEPS_PER_EPOCH
-from hpo.status import best_trial
+from hpo.status import best_trial, tried
 from storage.snapshots import StudySnapshot, TrialSnapshot
 from trainer.data.options import Progress
 
@@ -134,9 +134,9 @@ def reading_bar(stream: TextIO) -> Iterator[Progress]:
 
 
 def params_text(trial: TrialSnapshot) -> str:
-    """The trial's searched values in a few words."""
+    """What the trial was proposed, in a few words."""
     words = []
-    for name, value in trial.params.items():
+    for name, value in tried(trial).items():
         words.append(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}")
     return ", ".join(words)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from hpo.candidates import Candidate, RecheckPlan
 from hpo.errors import Interrupted
-from hpo.rungs import STEPS_PER_EPOCH
 from hpo.spec import StudySpec
 from storage.database import Database
 from storage.errors import StudyNotFound
@@ -84,7 +83,7 @@ def runs_of(database: Database, record: StudyRecord, candidate: Candidate) -> li
 
 def _study_of_rechecks(database: Database, record: StudyRecord) -> StudyRecord:
     spec = StudySpec.from_json(record.spec)
-    without_rungs = dataclasses.replace(spec, first_rung=spec.epochs * STEPS_PER_EPOCH)
+    without_rungs = dataclasses.replace(spec, pruner="none")
     return create_study(
         database,
         _name(record),

@@ -68,6 +68,9 @@ def settle(
         objective=options.objective or "accuracy",
         limits=options.limits,
         weights=weights,
+        sampler=options.search.sampler or StudySpec.sampler,
+        pruner=options.search.pruner or StudySpec.pruner,
+        earlier=options.search.earlier,
         first_rung=first_rung(
             num_train=work.num_train, largest_batch=int(space.largest("batch_size"))
         ),

@@ -9,6 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 
 from trainer.config import ConfigError, TrainConfig, unknown_name
 
@@ -92,6 +98,19 @@ class SearchSpace:
             else:
                 values[name] = trial.suggest_float(name, what.low, what.high, log=what.log)
         return TrainConfig.from_dict(values)
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Those that `suggest` asks Optuna for."""
+        found: dict[str, BaseDistribution] = {}
+        for name in self.searched:
+            what = self.fields[name]
+            if isinstance(what, tuple):
+                found[name] = CategoricalDistribution(what)
+            elif _FIELDS[name].type is int:
+                found[name] = IntDistribution(int(what.low), int(what.high), log=what.log)
+            else:
+                found[name] = FloatDistribution(what.low, what.high, log=what.log)
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """In the form of a space file."""

@@ -51,6 +51,12 @@ class StudySpec:
     folds: int | None = None
     """Parts of train and validation, each of which validates a training on the others; None is one
     validation split."""
+    sampler: str = "tpe"
+    """Who proposes what trials are to be: a key of hpo.samplers.SAMPLERS."""
+    pruner: str = "rungs"
+    """Who decides whether a trial goes on: a key of hpo.pruners.PRUNERS."""
+    earlier: str | None = None
+    """The study whose best trials this one begins with."""
     eta: int = 4
     """One in `eta` goes on at each rung."""
     lease_seconds: float = 30.0
@@ -115,8 +121,8 @@ class StudySpec:
     def differences(self, given: Mapping[str, Any]) -> list[str]:
         """Where options differ from this spec, in words.
 
-        given: `data`, `seed`, `folds`, `objective`, limits, fields of DataOptions and of the
-        space; what is not in it is not compared.
+        given: `data`, `seed`, `folds`, `objective`, `sampler`, `pruner`, `from`, limits, fields of
+        DataOptions and of the space; what is not in it is not compared.
         """
         mine = {
             **self.space.fields,
@@ -126,6 +132,9 @@ class StudySpec:
             "seed": self.seed,
             "folds": self.folds,
             "objective": self.objective,
+            "sampler": self.sampler,
+            "pruner": self.pruner,
+            "from": self.earlier,
         }
         return [
             f"{name} is {mine.get(name)!r} there and {value!r} here"

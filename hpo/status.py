@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hpo.points import RECIPE
 from hpo.rungs import STEPS_PER_EPOCH
 from storage.snapshots import StudySnapshot, TrialSnapshot
 
@@ -37,9 +38,14 @@ def num_epochs(study: StudySnapshot) -> float:
     return sum(trial.steps[-1] for trial in study.trials if trial.steps) / STEPS_PER_EPOCH
 
 
+def tried(trial: TrialSnapshot) -> dict[str, Any]:
+    """What the trial was proposed: the searched fields, or a recipe's own."""
+    return {**trial.attributes.get(RECIPE, {}), **trial.params}
+
+
 def describe(trial: TrialSnapshot) -> dict[str, Any]:
     """A trial as the best one of a study is shown."""
-    return {"number": trial.number, "value": trial.value, "params": dict(trial.params)}
+    return {"number": trial.number, "value": trial.value, "params": tried(trial)}
 
 
 def status_json(name: str, study: StudySnapshot) -> dict[str, Any]:
@@ -77,7 +83,7 @@ def trials_json(study: StudySnapshot) -> list[dict[str, Any]]:
             "number": trial.number,
             "state": trial.state,
             "value": trial.value,
-            "params": dict(trial.params),
+            "params": tried(trial),
             "steps": list(trial.steps),
             "values": list(trial.values),
             "attempts": trial.attempts,

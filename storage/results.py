@@ -3,6 +3,7 @@
 They write the rows that Optuna's own storage would write, without its dozen round trips a call.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,35 @@ class Standing:
 
     num_better: int
     num_others: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Middle:
+    """A trial's best value so far, and the median of the COMPLETE trials at a step.
+
+    median: None if none of them reported at this step.
+    """
+
+    best: float
+    median: float | None
+    num_complete: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The trials whose number times `stride`, divided by `total`, leaves from `first` to `last`."""
+
+    stride: int
+    total: int
+    first: int
+    last: int
+
+    def holds(self, number: int) -> bool:
+        """Whether the trial of this number is among them."""
+        return self.first <= number * self.stride % self.total <= self.last
+
+
+EVERYBODY = Group(stride=0, total=1, first=0, last=0)
 
 
 def report(
@@ -57,14 +87,32 @@ def end(
 
 
 def standing(
-    database: Database, study_id: int, *, step: int, value: float, except_trial_id: int
+    database: Database,
+    study_id: int,
+    *,
+    step: int,
+    value: float,
+    except_trial_id: int,
+    among: Group = EVERYBODY,
 ) -> Standing:
-    """Where the value stands among those of all other trials of the study at this step."""
+    """Where the value stands among those of all other trials of the group at this step."""
     given = {"study": study_id, "step": step, "value": value, "trial": except_trial_id}
 
     def query() -> Standing:
         with database.engine.connect() as connection:
-            return Standing(**connection.execute(_STANDING, given).one()._mapping)
+            found = connection.execute(_STANDING, {**given, **dataclasses.asdict(among)})
+            return Standing(**found.one()._mapping)
+
+    return database.patiently(query)
+
+
+def middle(database: Database, study_id: int, *, step: int, trial_id: int) -> Middle:
+    """How the trial, which has reported at this step, compares with the study's COMPLETE ones."""
+    given = {"study": study_id, "step": step, "trial": trial_id}
+
+    def query() -> Middle:
+        with database.engine.connect() as connection:
+            return Middle(**connection.execute(_MIDDLE, given).one()._mapping)
 
     return database.patiently(query)
 
@@ -126,4 +174,18 @@ _STANDING = text("""
     FROM trial_intermediate_values v JOIN trials t USING (trial_id)
     WHERE t.study_id = :study AND v.step = :step AND v.trial_id <> :trial
         AND v.intermediate_value_type = 'FINITE'
+        AND CAST(t.number AS bigint) * :stride % :total BETWEEN :first AND :last
+""")
+
+_MIDDLE = text("""
+    SELECT
+        (SELECT max(intermediate_value) FROM trial_intermediate_values v
+            WHERE v.trial_id = :trial AND v.step <= :step
+            AND v.intermediate_value_type = 'FINITE') AS best,
+        (SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY intermediate_value)
+            FROM trial_intermediate_values v JOIN trials t USING (trial_id)
+            WHERE t.study_id = :study AND t.state = 'COMPLETE' AND v.step = :step
+            AND v.intermediate_value_type = 'FINITE') AS median,
+        (SELECT count(*) FROM trials t
+            WHERE t.study_id = :study AND t.state = 'COMPLETE') AS num_complete
 """)

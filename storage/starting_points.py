@@ -16,13 +16,19 @@ KEY = "starting_point"
 
 
 def add_starting_points(
-    database: Database, record: StudyRecord, points: Mapping[str, Mapping[str, Any]]
+    database: Database,
+    record: StudyRecord,
+    points: Mapping[str, Mapping[str, Any]],
+    *,
+    params: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """See to it that the study has a WAITING trial, or what became of it, for each key.
 
     points: key -> the trial's user attributes, JSON values. A key that is there stays as it is.
+    params: key -> what Optuna proposes for the trial, in place of its sampler.
     The budget grows to hold all points; the study goes on if it was stopped.
     """
+    fixed = params or {}
     storage = optuna_storage(database)
 
     def make_sure() -> None:
@@ -33,7 +39,9 @@ def add_starting_points(
             for key, attributes in points.items():
                 if key not in present:
                     waiting = optuna.trial.create_trial(
-                        state=TrialState.WAITING, user_attrs={**attributes, KEY: key}
+                        state=TrialState.WAITING,
+                        user_attrs={**attributes, KEY: key},
+                        system_attrs={"fixed_params": dict(fixed[key])} if key in fixed else {},
                     )
                     storage.create_new_trial(record.study_id, template_trial=waiting)
             connection.execute(_GO_ON, {"study": record.study_id})

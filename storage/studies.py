@@ -15,7 +15,7 @@ import optuna
 from optuna.trial import TrialState
 from sqlalchemy import Connection, text
 
-from storage import results
+from storage import points, results
 from storage.checkpoints import Checkpoints, TrialCheckpoints, checkpoint_root, checkpoint_url
 from storage.database import Database, Result
 from storage.errors import LeaseLost, StorageError, StudyNotFound
@@ -197,15 +197,31 @@ class OpenStudy:
             self._database, lease, step=step, value=value, images_per_second=images_per_second
         )
 
-    def standing(self, step: int, value: float, *, except_trial_id: int) -> results.Standing:
-        """Where the value stands among those of all other trials of the study at this step."""
+    def standing(
+        self,
+        step: int,
+        value: float,
+        *,
+        except_trial_id: int,
+        among: results.Group = results.EVERYBODY,
+    ) -> results.Standing:
+        """Where the value stands among those of all other trials of the group at this step."""
         return results.standing(
             self._database,
             self.record.study_id,
             step=step,
             value=value,
             except_trial_id=except_trial_id,
+            among=among,
         )
+
+    def middle(self, step: int, *, trial_id: int) -> results.Middle:
+        """How the trial, which has reported at this step, compares with the COMPLETE ones."""
+        return results.middle(self._database, self.record.study_id, step=step, trial_id=trial_id)
+
+    def take_point(self, lease: Lease, num_points: int) -> int:
+        """The point of a list of so many that the lease's trial has. Raises LeaseLost."""
+        return points.take_point(self._database, lease, num_points=num_points)
 
     def end(self, lease: Lease, state: TrialState, *, value: float | None, reason: str) -> None:
         """End the trial and its lease; the reason stays with the trial. Raises LeaseLost."""

@@ -16,7 +16,7 @@ _COMMANDS = {
         "--study", "--data", "--image-size", "--max-broken", "--max-memory", "--trials",
         "--epochs", "--workers", "--devices", "--space", "--backbone", "--seed", "--folds",
         "--objective", "--timeout", "--weights", "--max-params", "--max-megabytes",
-        "--max-latency-ms", "--detach",
+        "--max-latency-ms", "--sampler", "--pruner", "--try", "--from", "--set", "--detach",
         "--storage", "--json",
     },
     "worker": {"--study", "--device", "--storage"},
@@ -34,7 +34,7 @@ _COMMANDS = {
     },
     "doctor": {
         "--data", "--image-size", "--max-broken", "--trials", "--epochs", "--workers", "--devices",
-        "--space", "--backbone", "--folds", "--storage", "--json",
+        "--space", "--backbone", "--folds", "--set", "--storage", "--json",
     },
     "replay": {"--trial", "--study", "--epochs", "--storage", "--json"},
     "predict": {"--format", "--json"},
@@ -105,6 +105,9 @@ def test_a_budget_that_is_none_is_refused(tmp_path: Path, trials: str) -> None:
         (("--seed", "-1"), "--seed must be >= 0"),
         (("--devices", "cuda:99"), "no device 'cuda:99'"),
         (("--space", "nothing.toml"), "can't read the space file"),
+        (("--sampler", "cmaes"), "unknown sampler 'cmaes'"),
+        (("--try", "lr=9"), "lr = 9 lies outside 0.0003 to 0.03"),
+        (("--from", "nothing"), "--from: no study 'nothing' here: there is none"),
     ],
 )
 def test_an_option_that_can_not_be_is_a_usage_error(

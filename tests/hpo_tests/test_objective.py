@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
-import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
 
-from hpo.objective import Outcome, TrialRun, _sampler, _say_without_checkpoints
+from hpo.objective import Outcome, TrialRun, _say_without_checkpoints
 from hpo.space import Range, SearchSpace
 from hpo.spec import StudySpec
 from storage import leases
@@ -143,31 +142,3 @@ def test_a_worker_says_once_that_there_is_no_room_for_checkpoints(
         "training goes on without checkpoints (Not a directory): if this worker dies, "
         "its trial begins anew"
     ]
-
-
-def test_a_sampler_that_goes_on_proposes_what_a_new_one_would() -> None:
-    study = optuna.create_study(direction="maximize")
-
-    def propose(sampler: optuna.samplers.BaseSampler) -> dict[str, float]:
-        study.sampler = sampler
-        trial = study.ask()
-        proposed = {
-            "lr": trial.suggest_float("lr", 1e-4, 1e-1, log=True),
-            "weight_decay": trial.suggest_float("weight_decay", 1e-4, 1e-1, log=True),
-        }
-        study.tell(trial, state=TrialState.FAIL)
-        return proposed
-
-    going_on = study.sampler
-    for number in range(30):
-        going_on = _sampler(number, going_on)
-        assert propose(going_on) == propose(_sampler(number, optuna.samplers.RandomSampler()))
-        study.sampler = optuna.samplers.RandomSampler(seed=number)
-        trial = study.ask()
-        lr = trial.suggest_float("lr", 1e-4, 1e-1, log=True)
-        if number != 3:  # one trial in which a parameter is missing
-            trial.suggest_float("weight_decay", 1e-4, 1e-1, log=True)
-        study.tell(trial, 0.9 - abs(lr - 1e-2))
-    assert going_on._search_space._search_space == {  # type: ignore[union-attr]
-        "lr": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True)
-    }
