@@ -1,30 +1,25 @@
 """Choose the best trial; re-check it, retrain it, test it once, export it."""
 
-import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.candidates import Candidate, choose, plan_recheck
+from hpo.candidates import Candidate, choose, pays_for_soup, plan_recheck
 from hpo.errors import NoTrialError
-from hpo.executors.local import num_cores
 from hpo.progress import params_text
-from hpo.recheck import RunWorkers, fresh_seed, known_candidates, recheck, runs_of
+from hpo.recheck import RunWorkers, known_candidates, recheck, runs_of
+from hpo.retrain import Say, makes_a_soup, retrain
 from hpo.rungs import STEPS_PER_EPOCH
 from hpo.spec import StudySpec
 from hpo.status import best_trial, describe, launch_command, num_epochs
 from storage.database import Database
-from storage.snapshots import StudySnapshot, TrialSnapshot, snapshot
+from storage.snapshots import StudySnapshot, snapshot
 from storage.studies import StudyRecord, count_test_opening
-from trainer.config import Objective, TrainConfig, TrainingFailure
+from trainer.config import Objective
 
 if TYPE_CHECKING:
-    from trainer.data.dataset import ImageDataset
     from trainer.loop import ProgressReport
-
-Say = Callable[[str], None]
-"""Is told, in a line, how it goes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +114,6 @@ def export_best(
     NoTrialError; UsageError if `out` can't be written; DataError if the data has changed; what
     `run_workers` raises.
     """
-    from trainer.backbones import as_fed
     from trainer.export.folder import export_model
     from trainer.export.formats import DEFAULT_FORMATS, check_formats
     from trainer.export.publish import check_out
@@ -135,16 +129,11 @@ def export_best(
     winner = choose(candidates)
     for candidate in candidates:
         say(candidate.text())
-    average = winner.best_average()
-    config = TrainConfig.from_dict(
-        {
-            **winner.trial.attributes["config"],
-            "seed": fresh_seed(winner.trial, 0),
-            **({} if average == "none" else {"average": average}),
-        }
-    )
-    whole = as_fed(config, data.with_validation_in_training())
-    last = _retrain(config, whole, winner.trial, say)
+    pays_soup = pays_for_soup(study, plan, winner, epochs=spec.epochs)
+    if makes_a_soup(winner) and not pays_soup:
+        notes.append("no soup was tried: it would cost over half of what the search did")
+    retrained = retrain(winner, data, spec, tries_soup=pays_soup, say=say)
+    last = retrained.reports[0]
     num_openings = count_test_opening(database, record.study_id)
     if num_openings > 1:
         notes.append(
@@ -153,19 +142,23 @@ def export_best(
         )
     say("opening the test split, exporting")
     manifest = export_model(
-        last.state.result,
-        config=config,
-        data=whole,
+        retrained.model,
+        config=retrained.config,
+        data=retrained.data,
         test=data.open_test(),
         out=options.out,
         about={
             "study": record.name,
             "trial": describe(winner.trial),
-            "seeds": {"study": spec.seed, "retraining": config.seed},
+            "seeds": {
+                "study": spec.seed,
+                "retraining": retrained.config.seed,
+                "soup": list(retrained.seeds) if len(retrained.seeds) > 1 else None,
+            },
             "plan": last.state.plan.to_dict(),
             "test_openings": num_openings,
             "candidates": [candidate.to_json() for candidate in candidates],
-            "averaging": {"chosen": average, "tried": _tried(winner)},
+            "averaging": retrained.averaging,
             "objective": spec.objective,
             "search": _search(study, spec),
         },
@@ -222,16 +215,6 @@ def _search(study: StudySnapshot, spec: StudySpec) -> dict[str, Any]:
     }
 
 
-def _tried(winner: Candidate) -> dict[str, Any]:
-    """Validation values of the winner's re-checks with the last weights and with averages."""
-    tried = {"none": winner.values, **winner.averages}
-    return {
-        name: {"mean": sum(values) / len(values), "values": list(values)}
-        for name, values in tried.items()
-        if values
-    }
-
-
 def _curves(
     database: Database,
     record: StudyRecord,
@@ -254,41 +237,3 @@ def _curves(
     }
     losses = [(report["epoch"], report["train_loss"]) for report in last.state.history]
     return {**curves, "retraining (training loss)": losses}
-
-
-def _retrain(
-    config: TrainConfig, data: "ImageDataset", trial: TrialSnapshot, say: Say
-) -> "ProgressReport":
-    """The last report of a training as long as the trial's was, or as it would have been.
-
-    All cores train one model now, unlike in the search, if the data is large enough to gain by it.
-    Raises NoTrialError if it can't be trained again.
-    """
-    from trainer.device import DevicePlan, available_devices
-    from trainer.loop import train
-
-    device = available_devices()[0]
-    plan = DevicePlan.from_dict(
-        {
-            **trial.attributes["plan"],
-            "device": device,
-            "num_threads": num_cores() if device == "cpu" and len(data.train) > 10_000 else 1,
-        }
-    )
-    stopped_early = trial.state == "COMPLETE" and trial.steps[-1] < config.epochs * STEPS_PER_EPOCH
-    end_step = trial.steps[-1] if stopped_early else config.epochs * STEPS_PER_EPOCH
-    with contextlib.closing(train(config, data, plan)) as reports:
-        try:
-            for report in reports:
-                say(
-                    f"retraining on {len(data.train):,} images: epoch {report.epoch:g} of "
-                    f"{end_step / STEPS_PER_EPOCH:g}, loss {report.train_loss:.4f}, "
-                    f"{report.images_per_second:,.0f} images/s"
-                )
-                if report.step >= end_step:
-                    break
-        except TrainingFailure as failure:
-            raise NoTrialError(
-                f"trial {trial.number} can't be trained again with another seed: {failure}"
-            ) from failure
-    return report

@@ -116,9 +116,7 @@ def plan_recheck(
     if num_seeds == 0:
         note = "not re-checked: its value is a winner's, and probably too high"
         return RecheckPlan(trials=tuple(trials[:1]), num_seeds=0, note=note)
-    budget = most_share * sum(
-        _cost(trial, trial.steps[-1] / STEPS_PER_EPOCH) for trial in study.trials if trial.steps
-    )
+    budget = most_share * _cost_of_search(study)
     wishes = [(k, s) for k in range(1, len(trials) + 1) for s in range(1, num_seeds + 1)]
     for k, s in sorted(wishes, key=_preference, reverse=True):
         if s * sum(_cost(trial, epochs) for trial in trials[:k]) <= budget:
@@ -133,6 +131,27 @@ def plan_recheck(
         "its value is a winner's, and probably too high"
     )
     return RecheckPlan(trials=tuple(trials[:1]), num_seeds=0, note=note)
+
+
+def pays_for_soup(
+    study: StudySnapshot,
+    plan: RecheckPlan,
+    winner: Candidate,
+    *,
+    epochs: int,
+    most_share: float = MOST_SHARE,
+) -> bool:
+    """Whether `most_share` of the search's cost pays for the plan and, once more, for the winner's
+    re-checks, which is what it costs to try a soup of them."""
+    planned = plan.num_seeds * sum(_cost(trial, epochs) for trial in plan.trials)
+    soup = len(winner.values) * _cost(winner.trial, epochs)
+    return planned + soup <= most_share * _cost_of_search(study)
+
+
+def _cost_of_search(study: StudySnapshot) -> float:
+    return sum(
+        _cost(trial, trial.steps[-1] / STEPS_PER_EPOCH) for trial in study.trials if trial.steps
+    )
 
 
 def _preference(wish: tuple[int, int]) -> tuple[int, int, int, int]:

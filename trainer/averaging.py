@@ -1,6 +1,6 @@
 """Averages of a model's weights over the last part of a training, beside the model itself."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -53,6 +53,17 @@ class Averages:
         """Of state_dict(). Raises KeyError or RuntimeError if it doesn't fit."""
         for name, averaged in self._models.items():
             averaged.load_state_dict(saved[name])
+
+
+def soup(models: Sequence[nn.Module]) -> nn.Module:
+    """Equal parts of the weights of models that started from the same ones, statistics included.
+
+    Wortsman et al. 2022, "Model soups" (the uniform one). The models stay as they are.
+    """
+    mixed = AveragedModel(models[0], use_buffers=True)
+    for model in models:
+        mixed.update_parameters(model)
+    return mixed.module
 
 
 def _ema(model: nn.Module, steps_per_epoch: int) -> AveragedModel:

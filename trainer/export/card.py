@@ -156,6 +156,13 @@ def _training(manifest: Mapping[str, Any]) -> str:
             f"Averages of weights, on validation; chosen: {safe(averaging.get('chosen'))}."
         )
         lines.append(table(("average", "mean", "values"), rows))
+        soup = averaging.get("soup")
+        if isinstance(soup, Mapping):
+            lines.append(
+                f"A soup (equal parts) of {len(soup.get('values') or [])} models from the same "
+                f"weights came to {share(soup.get('value'))} on validation, its models to "
+                f"{share(soup.get('mean of its models'))} in the mean."
+            )
     return "\n\n".join(lines)
 
 
