@@ -175,7 +175,7 @@ def _data(data: "ImageDataset") -> Iterator[Finding]:
 
 def _space(spec: StudySpec, data: "ImageDataset") -> Iterator[Finding]:
     """Fields that can't matter, batches that can't be."""
-    idle = [*_without_choice(spec), *_beyond_the_data(spec, data)]
+    idle = [*spec.space.idle(), *_without_choice(spec), *_beyond_the_data(spec, data)]
     if not spec.space.searched:
         idle.append("nothing is searched: all is fixed")
     for words in idle:

@@ -58,11 +58,13 @@ class TrainConfig:
     epochs: int = 10
     """Passes over the training split; >= 1."""
     optimizer: Optimizer = "adamw"
+    """Rule by which weights are updated (trainer.optim.make_optimizer)."""
     momentum: float = 0.9
     """Of sgd, in [0, 1); adam and adamw take it as beta1."""
     weight_decay: float = 1e-2
     """Decoupled for adamw, L2 for sgd and adam; norms and biases are left out; >= 0."""
     schedule: Schedule = "onecycle"
+    """Course of the learning rate over the training (trainer.optim.lr_at)."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes, in [0, 1) (Szegedy et al. 2016)."""
     dropout: float = 0.0

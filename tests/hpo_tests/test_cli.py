@@ -32,6 +32,7 @@ _COMMANDS = {
         "--space", "--backbone", "--set", "--storage", "--json",
     },
     "replay": {"--trial", "--study", "--epochs", "--storage", "--json"},
+    "space": {"--json"},
     "predict": {"--format", "--json"},
 }  # fmt: skip
 
