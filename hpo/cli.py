@@ -480,6 +480,19 @@ def pretrain(
 
 
 @app.command()
+def space(as_json: AsJson = False) -> None:
+    """The fields of a training: what --space and --set can search or fix."""
+    from hpo.fields import describe_fields
+
+    found = describe_fields()
+    if as_json:
+        _print_json([field.to_json() for field in found])
+        return
+    for field in found:
+        typer.echo(field.lines())
+
+
+@app.command()
 def predict(
     export_dir: Annotated[Path, typer.Argument(metavar="EXPORT_DIR")],
     images: Annotated[

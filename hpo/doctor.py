@@ -24,7 +24,7 @@ from hpo.spec import StudySpec
 from storage.database import Database
 from storage.home import home
 from storage.schema import ensure_tables
-from trainer.config import DataError, TrainConfig, TrainingFailure, ignored_fields
+from trainer.config import DataError, TrainConfig, TrainingFailure
 from trainer.data.options import Progress
 from trainer.data.registry import settled_source
 
@@ -194,8 +194,8 @@ def _folds(spec: StudySpec, work: "EpochWork") -> Iterator[Finding]:
 def _space(spec: StudySpec, data: "ImageDataset", work: "EpochWork") -> Iterator[Finding]:
     """Fields that can't matter, batches that can't be."""
     idle = [
+        *spec.space.idle(),
         *_without_choice(spec),
-        *_ignored(spec),
         *_beyond_the_data(spec, data, work.num_train),
     ]
     if not spec.space.searched:
@@ -212,17 +212,6 @@ def _without_choice(spec: StudySpec) -> Iterator[str]:
             yield f"{name} has one choice, {what[0]!r}"
         elif isinstance(what, Range) and what.low == what.high:
             yield f"{name} can only be {what.low:g}"
-
-
-def _ignored(spec: StudySpec) -> Iterator[str]:
-    """Fields that are ignored whichever choice is made of the others."""
-    fields = {name: _middle(what) for name, what in spec.space.fields.items()}
-    choices = [(name, what) for name, what in spec.space.fields.items() if isinstance(what, tuple)]
-    variants = [fields, *({**fields, name: one} for name, what in choices for one in what)]
-    said = [ignored_fields(TrainConfig.from_dict(variant)) for variant in variants]
-    for name in said[0]:
-        if all(name in each for each in said):
-            yield f"{name} is ignored, whatever is chosen for the other fields"
 
 
 def _beyond_the_data(spec: StudySpec, data: "ImageDataset", num_train: int) -> Iterator[str]:

@@ -49,6 +49,8 @@ def prepare_study(
     record = _found(database, name)
     if record is None:
         spec, _ = settle(data, fields, options, progress)
+        for reason in spec.space.idle():
+            logger.warning("%s: here it changes nothing", reason)
     else:
         spec = StudySpec.from_json(record.spec)
     budget = options.trials or (DEFAULT_BUDGET if record is None else record.budget)

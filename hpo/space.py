@@ -16,6 +16,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
+from trainer.conditions import idle_because
 from trainer.config import ConfigError, TrainConfig, unknown_name
 
 _FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
@@ -72,6 +73,12 @@ class SearchSpace:
     def searched(self) -> tuple[str, ...]:
         """Names of the fields that differ between trials."""
         return tuple(name for name, what in self.fields.items() if isinstance(what, Range | tuple))
+
+    def idle(self) -> list[str]:
+        """Why fields of this space never count, in words; default values are left out."""
+        known = {field.name: field.default for field in _FIELDS.values()} | dict(self.fields)
+        reasons = [idle_because(name, known) for name in self.fields]
+        return [reason for reason in reasons if reason is not None]
 
     def largest(self, name: str) -> Any:
         """The largest value that a numeric field can take."""

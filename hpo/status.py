@@ -6,6 +6,7 @@ from typing import Any
 from hpo.points import RECIPE
 from hpo.rungs import STEPS_PER_EPOCH
 from storage.snapshots import StudySnapshot, TrialSnapshot
+from trainer.conditions import idle_because
 
 
 def best_trial(trials: Sequence[TrialSnapshot]) -> TrialSnapshot | None:
@@ -39,8 +40,10 @@ def num_epochs(study: StudySnapshot) -> float:
 
 
 def tried(trial: TrialSnapshot) -> dict[str, Any]:
-    """What the trial was proposed: the searched fields, or a recipe's own."""
-    return {**trial.attributes.get(RECIPE, {}), **trial.params}
+    """What the trial was proposed: the searched fields that count in it, or a recipe's own."""
+    proposed = {**trial.attributes.get(RECIPE, {}), **trial.params}
+    whole = {**trial.attributes.get("config", {}), **proposed}
+    return {name: value for name, value in proposed.items() if not idle_because(name, whole)}
 
 
 def describe(trial: TrialSnapshot) -> dict[str, Any]:

@@ -35,9 +35,9 @@ def add_starting_points(
         with database.engine.begin() as connection:
             # held while Optuna adds trials over a second connection of this process
             connection.execute(_LOCK, {"study": record.study_id})
-            present = _keys(connection, record)
             for key, attributes in points.items():
-                if key not in present:
+                # asked anew for each: many points take longer than a transaction may be idle
+                if key not in _keys(connection, record):
                     waiting = optuna.trial.create_trial(
                         state=TrialState.WAITING,
                         user_attrs={**attributes, KEY: key},

@@ -74,11 +74,13 @@ class TrainConfig:
     epochs: int = 10
     """Passes over the training split; >= 1."""
     optimizer: Optimizer = "adamw"
+    """Rule by which weights are updated (trainer.optim.make_optimizer)."""
     momentum: float = 0.9
     """Of sgd, in [0, 1); adam and adamw take it as beta1."""
     weight_decay: float = 1e-2
     """Decoupled for adamw, L2 for sgd and adam; norms and biases are left out; >= 0."""
     schedule: Schedule = "onecycle"
+    """Course of the learning rate over the training (trainer.optim.lr_at)."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes, in [0, 1) (Szegedy et al. 2016)."""
     dropout: float = 0.0
@@ -176,25 +178,6 @@ class TrainConfig:
             if name not in known:
                 raise ConfigError(unknown_name("field", name, known))
         return cls(**values)
-
-
-_HEEDED_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "policy_magnitude": ("policy", ("randaugment",)),
-}
-"""field -> another field, and the values of that with which it matters."""
-
-
-def ignored_fields(config: TrainConfig) -> list[str]:
-    """Fields that are set to another value than the usual, and that this config ignores.
-
-    momentum is none of them: adam takes it as beta1.
-    """
-    usual = {field.name: field.default for field in dataclasses.fields(config)}
-    return [
-        name
-        for name, (other, values) in _HEEDED_WITH.items()
-        if getattr(config, name) != usual[name] and getattr(config, other) not in values
-    ]
 
 
 def _name(kind: Any) -> str:

@@ -37,6 +37,7 @@ _COMMANDS = {
         "--space", "--backbone", "--folds", "--set", "--storage", "--json",
     },
     "replay": {"--trial", "--study", "--epochs", "--storage", "--json"},
+    "space": {"--json"},
     "predict": {"--format", "--json"},
 }  # fmt: skip
 

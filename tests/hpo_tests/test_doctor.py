@@ -64,9 +64,9 @@ def test_fields_that_can_not_matter_are_said(database: Database, tmp_path: Path)
         if finding.about == "space"
     ]
     assert said == [
+        "policy_magnitude counts only with policy = randaugment",
         "lr can only be 0.001",
         "backbone has one choice, 'smallcnn'",
-        "policy_magnitude is ignored, whatever is chosen for the other fields",
         "patience is never used up in 2 epochs",
         "translate of 9 can hide all of an image of 8 pixels",
         "a batch of 4096 is more than the 1150 images there are",
