@@ -185,6 +185,9 @@ def _resumed(
         return [None] * num_folds, []
     saved = open_checkpoint(resume, FOLDS_KEYS)
     check_config(saved["config"], config)
-    if len(saved["folds"]) != num_folds:
-        raise CheckpointError(f"the checkpoint has {len(saved['folds'])} folds, not {num_folds}")
-    return [fold.numpy().tobytes() for fold in saved["folds"]], saved["history"]
+    kept = saved["folds"]
+    if not all(isinstance(fold, torch.Tensor) and fold.dtype == torch.uint8 for fold in kept):
+        raise CheckpointError("the checkpoint doesn't fit: its folds are no checkpoints")
+    if len(kept) != num_folds:
+        raise CheckpointError(f"the checkpoint has {len(kept)} folds, not {num_folds}")
+    return [fold.numpy().tobytes() for fold in kept], saved["history"]

@@ -100,6 +100,23 @@ def test_the_search_and_its_candidates_are_told() -> None:
         assert part in card
 
 
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ("accuracy", "accuracy"),
+        ("balanced_accuracy", "balanced accuracy"),
+        ("macro_f1", "macro f1"),
+    ],
+)
+def test_values_of_the_search_are_called_by_its_objective(objective: str, words: str) -> None:
+    trial = {"number": 0, "value": 0.5, "params": {}}
+    run = {"number": 0, "search_value": 0.5, "mean": 0.4, "std": 0.0, "values": [0.4]}
+    card = a_card(trial=trial, objective=objective, candidates=[run])
+    assert f"Best: trial 0, validation {words} 0.5000 in the search" in card
+    assert f"with fresh seeds; validation {words}:" in card
+    assert "and 1.0000 on the test images" in a_card(trial=trial, objective=objective)
+
+
 def test_what_is_not_known_is_said() -> None:
     card = a_card(trial={"number": 0, "value": 0.98, "params": {}})
     assert "How the model was searched for isn't recorded here." in card

@@ -162,7 +162,10 @@ def test_a_checkpoint_of_something_else_is_refused(folds: tuple[ImageDataset, ..
     *_, report = train_folds(one, folds, CPU)
     *_, single = train(one, folds[0], CPU)
     content, of_one_model = report.state.to_bytes(), single.state.to_bytes()
+    forged = io.BytesIO()
+    torch.save({**torch.load(io.BytesIO(content), weights_only=True), "folds": [1, 2, 3]}, forged)
     for resume, settings, data, says in (
+        (forged.getvalue(), one, folds, "its folds are no checkpoints"),
         (of_one_model, one, folds, "another format"),
         (b"nothing", one, folds, "it is broken"),
         (content, config(epochs=1, patience=2), folds, "another config: patience"),
