@@ -10,8 +10,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# A file of tests on each core, with one thread: more busy threads than cores are slower.
-PYTEST_OPTIONS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
+# A file of tests on each core, with one thread: more busy threads than cores are slower. The files
+# in their order, for the long ones (tests/acceptance) come first.
+PYTEST_OPTIONS ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 DEBIAN_PACKAGES := chromium dataset-fashion-mnist
 
 .DELETE_ON_ERROR:
