@@ -57,7 +57,7 @@ def other_clocks(arena: Arena, _long: bool) -> Iterator[Finding]:
     east = {"TZ": "Pacific/Kiritimati", "PGTZ": "America/New_York"}
     west = {"TZ": "Pacific/Pago_Pago", "PGTZ": "Asia/Tokyo"}
     with arena.stage(FaultPlan(folder="", leg_seconds=0.3)) as stage:
-        launcher = stage.launch(trials=14, workers=2, epochs=5, **east)
+        launcher = stage.launch(trials=40, workers=2, epochs=5, **east)
         wait_for("a worker trains", lambda: stage.witness("begin"), seconds=240)
         other = stage.start("worker", "--study", STUDY, **west)
         wait_for(
@@ -69,7 +69,7 @@ def other_clocks(arena: Arena, _long: bool) -> Iterator[Finding]:
         stage.num_kills += 1
         launcher.wait(240)
         done = "workers whose TZ is 25 hours apart, PGTZ otherwise; one is killed"
-        finding = audit(stage, "20", done=done, budget=14, epochs=5)
+        finding = audit(stage, "20", done=done, budget=40, epochs=5)
         finding.check(launcher.code == 0, f"launch ended with {launcher.code}")
         assert finding.counts is not None
         finding.check(finding.counts.attempts == 15, "trials were taken over without a fault")
