@@ -46,7 +46,8 @@ class Watch:
     def run(self) -> StudySnapshot:
         """The study when its workers have left, each with nothing more to do.
 
-        Raises Interrupted after a signal, StudyFailsError, WorkersDie, DatabaseUnreachable.
+        Raises Interrupted after a signal, StudyFailsError, WorkersDie, DatabaseUnreachable,
+        StudyDeleted.
         """
         self.database.patience_seconds = OUTAGE_SECONDS
         before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}

@@ -18,5 +18,14 @@ class StudyNotFound(StorageError):
         )
 
 
+class StudyDeleted(StudyNotFound):
+    """Somebody deleted the study while it was in use."""
+
+    def __init__(self) -> None:
+        StorageError.__init__(
+            self, "the study was deleted while it ran: the same launch begins it anew"
+        )
+
+
 class LeaseLost(Exception):
     """Somebody else has the trial, or it has ended: what was to be written is not written."""

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, event, text
 from sqlalchemy.orm import Session
 
 from storage.database import Database
-from storage.errors import LeaseLost, StudyNotFound
+from storage.errors import LeaseLost, StudyDeleted
 
 MOST_BARREN_ATTEMPTS = 3
 """Attempts in a row without a new report, after which a trial ends as FAIL."""
@@ -56,7 +56,7 @@ def claim(
 ) -> Lease | NoWork:
     """Take over a trial that nobody works on, or else open a new one while the budget has room.
 
-    One transaction under the lock of the study, so that the budget is exact. Raises StudyNotFound.
+    One transaction under the lock of the study, so that the budget is exact. Raises StudyDeleted.
     """
     given = {"study": study_id, "worker": worker_id, "seconds": lease_seconds}
     claimed: Lease | None = None
@@ -66,7 +66,7 @@ def claim(
         with database.engine.begin() as connection:
             study = connection.execute(_LOCK_STUDY, given).one_or_none()
             if study is None:
-                raise StudyNotFound("the study was deleted")
+                raise StudyDeleted
             if claimed is not None and _renew(connection, claimed, lease_seconds):
                 return claimed  # the COMMIT of an earlier try went through
             if study.stopped:

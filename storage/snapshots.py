@@ -9,6 +9,7 @@ from optuna.distributions import json_to_distribution
 from sqlalchemy import text
 
 from storage.database import Database
+from storage.errors import StudyDeleted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +67,15 @@ class StudySnapshot:
 
 
 def snapshot(database: Database, study_id: int) -> StudySnapshot:
-    """The study now, consistent in itself."""
+    """The study now, consistent in itself. Raises StudyDeleted."""
 
     def query() -> StudySnapshot:
         with database.engine.connect() as connection:
             connection = connection.execution_options(isolation_level="REPEATABLE READ")
             given = {"study": study_id}
-            study = connection.execute(_STUDY, given).one()
+            study = connection.execute(_STUDY, given).one_or_none()
+            if study is None:
+                raise StudyDeleted
             trials = tuple(_trial(row) for row in connection.execute(_TRIALS, given))
             workers = tuple(
                 WorkerSnapshot(**row._mapping) for row in connection.execute(_WORKERS, given)

@@ -10,7 +10,7 @@ from sqlalchemy import text
 
 from storage import leases
 from storage.database import Database
-from storage.errors import LeaseLost, StudyNotFound
+from storage.errors import LeaseLost, StudyDeleted
 from storage.leases import Lease, NoWork
 from storage.snapshots import snapshot
 from storage.studies import OpenStudy, StudyRecord, relaunch, request_stop
@@ -257,8 +257,10 @@ def test_a_deleted_study_is_told_as_such(database: Database) -> None:
     leases.register_worker(database, record.study_id, "w", host="h", pid=1, device="cpu")
     lease = begin(database, study)
     optuna.delete_study(study_name=record.name, storage=study.study._storage)
-    with pytest.raises(StudyNotFound):
+    with pytest.raises(StudyDeleted, match="the study was deleted"):
         claim(database, record)
+    with pytest.raises(StudyDeleted):
+        snapshot(database, record.study_id)
     renewal = leases.renew(database, lease, "w", lease_seconds=30)
     assert (renewal.holds_lease, renewal.study_goes_on) == (False, False)
 
