@@ -3,24 +3,29 @@
 import contextlib
 import functools
 import logging
+import socket
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
-from hpo.folding import bytes_beside_a_model, folds_of
+from hpo.folding import bytes_beside_a_model, folds_of, work_of_an_epoch
+from hpo.measured import measured_once
 from hpo.points import RECIPE, suggest_config
 from hpo.pruners import PRUNERS, Moment
 from hpo.samplers import SAMPLERS, Draw
 from hpo.spec import StudySpec
+from hpo.spent import Spent
+from hpo.utilisation import Work, peak_of
 from storage.checkpoints import Checkpoints
 from storage.leases import Lease
 from storage.studies import OpenStudy
 from trainer.config import ConfigError, TrainConfig, TrainingFailure
 from trainer.data.dataset import ImageDataset
 from trainer.device import DevicePlan, choose_plan
+from trainer.flops import training_flops
 from trainer.folds import FoldsReport, train_folds
 from trainer.footprint import Footprint, measure_footprint
 from trainer.loop import ProgressReport, train
@@ -57,11 +62,16 @@ class TrialRun:
         *,
         device: str,
         pulse: Callable[[], None],
+        spent: Spent | None = None,
     ) -> None:
+        """spent: where its seconds are counted."""
+        self._spent = Spent(worker_id="") if spent is None else spent
+        self._spent.begin()
         self._study, self._spec, self._lease, self._data = study, spec, lease, data
         self._device, self._pulse = device, pulse
-        self._trial_id = study.bind(lease)
-        trial = study.trial(self._trial_id)
+        with self._spent.on("database"):
+            self._trial_id = study.bind(lease)
+            trial = study.trial(self._trial_id)
         self.number = trial.number
         self._attributes: Mapping[str, Any] = trial.user_attrs
         self._checkpoints: Checkpoints | None = study.checkpoints(
@@ -71,7 +81,9 @@ class TrialRun:
     def run(self) -> Outcome:
         """Train until the trial's end and tell it. Raises LeaseLost, and what `pulse` raises."""
         try:
-            outcome = self._go_on(self._suggest())
+            with self._spent.on("setup"):
+                config = self._suggest()
+            outcome = self._go_on(config)
         except TrainingFailure as failure:
             outcome = Outcome(
                 state=TrialState.PRUNED,
@@ -115,7 +127,8 @@ class TrialRun:
 
     def _go_on(self, config: TrainConfig) -> Outcome:
         """From the newest checkpoint; anew if that turns out to be none of this trial's."""
-        resume = self._take_over()
+        with self._spent.on("checkpoints"):
+            resume = self._take_over()
         try:
             return self._train(config, resume)
         except CheckpointError as error:
@@ -131,18 +144,22 @@ class TrialRun:
             outcome = self._too_large(config)
         if outcome is not None:
             return outcome
-        with contextlib.closing(self._reports(config, self._plan(config), resume)) as reports:
-            for report in reports:
-                self._save(report)
-                self._report(report.to_dict())
-                outcome = self._outcome(report.to_dict())
+        with self._spent.on("setup"):
+            plan = self._plan(config)
+        with contextlib.closing(self._reports(config, plan, resume)) as reports:
+            for report in self._spent.reports(reports, history):
+                with self._spent.on("checkpoints"):
+                    self._save(report)
+                with self._spent.on("database"):
+                    self._report(report.to_dict())
+                    outcome = self._outcome(report.to_dict())
                 if outcome is not None:
                     return outcome
         raise AssertionError("a training's last report says that it is the last")
 
     def _reports(
         self, config: TrainConfig, plan: DevicePlan, resume: bytes | None
-    ) -> Generator[ProgressReport, None, None] | Generator[FoldsReport, None, None]:
+    ) -> Generator[ProgressReport | FoldsReport, None, None]:
         """The training: of one model, or of one for each of the study's folds."""
         averages, objective = self._attributes.get("try_averages", ()), self._spec.objective
         folds = folds_of(self._spec, self._data, plan.device)
@@ -198,15 +215,30 @@ class TrialRun:
             num_classes=self._data.num_classes,
             device=self._device,
             data_bytes=bytes_beside_a_model(self._spec, config, self._data, self._device),
+            remember=measured_once,
         )
+        work = asdict(self._work(config))
 
         def note() -> None:
             trial = optuna.Trial(self._study.study, self._trial_id)
             trial.set_user_attr("config", config.to_dict())
             trial.set_user_attr("plan", plan.to_dict())
+            trial.set_user_attr("work", work)
 
         self._study.write(self._lease, note)
         return plan
+
+    def _work(self, config: TrainConfig) -> Work:
+        """What an epoch of this trial is to its device."""
+        data, spec = self._data, self._spec
+        epoch = work_of_an_epoch(data, folds=spec.folds, seed=spec.seed)
+        flops = training_flops(config, input_size=data.input_size, num_classes=data.num_classes)
+        return Work(
+            flops_per_epoch=float(flops * epoch.num_trained),
+            host=socket.gethostname(),
+            device=self._device,
+            peak_flops=peak_of(self._device),
+        )
 
     def _report(self, report: Mapping[str, Any]) -> None:
         if report["averages"]:
@@ -257,7 +289,13 @@ class TrialRun:
                         trial.set_constraint(name, value)
 
             self._study.write(self._lease, constrain)
-        self._study.end(self._lease, outcome.state, value=outcome.value, reason=outcome.reason)
+        self._study.end(
+            self._lease,
+            outcome.state,
+            value=outcome.value,
+            reason=outcome.reason,
+            attributes={"spent": self._spent.to_json()},
+        )
         if self._checkpoints is None:
             return
         try:

@@ -5,6 +5,7 @@ from typing import Any
 
 from hpo.points import RECIPE
 from hpo.rungs import STEPS_PER_EPOCH
+from hpo.utilisation import mfu, seconds_spent
 from storage.snapshots import StudySnapshot, TrialSnapshot
 from trainer.conditions import idle_because
 
@@ -64,6 +65,8 @@ def status_json(name: str, study: StudySnapshot) -> dict[str, Any]:
         "waiting": study.count("WAITING"),
         "num_epochs": num_epochs(study),
         "seconds": study.seconds,
+        "mfu": mfu(study),
+        "spent": seconds_spent(study.trials),
         "best": None if best is None else describe(best),
         "workers": [
             {

@@ -15,6 +15,7 @@ from typing import NoReturn
 from hpo.errors import ExitCode
 from hpo.objective import TrialRun
 from hpo.spec import StudySpec
+from hpo.spent import Spent
 from storage import leases
 from storage.database import OUTAGE_SECONDS, Database
 from storage.errors import LeaseLost, StudyNotFound
@@ -121,6 +122,7 @@ class Worker:
 
         Raises StorageError, StudyNotFound, UsageError or DataError if it can't begin.
         """
+        self._free_since = time.perf_counter()
         self._database, self._device = database, device
         self._pulse = Pulse()
         check_checkpoint_place()
@@ -193,6 +195,7 @@ class Worker:
                 self._data,
                 device=self._device,
                 pulse=self._pulse.beat,
+                spent=Spent(worker_id=self._worker_id, since=self._free_since),
             )
             logger.info("trial %d: attempt %d", trial.number, lease.attempts)
             try:
@@ -212,6 +215,7 @@ class Worker:
             logger.warning("the lease is gone: somebody else has the trial")
         finally:
             self._keeper.lease = None
+            self._free_since = time.perf_counter()
 
     def _on_signal(self, _number: int, _frame: types.FrameType | None) -> None:
         if self._pulse.leaving.is_set():

@@ -4,6 +4,8 @@ They write the rows that Optuna's own storage would write, without its dozen rou
 """
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,13 +69,20 @@ def report(
 
 
 def end(
-    database: Database, lease: Lease, *, state: TrialState, value: float | None, reason: str
+    database: Database,
+    lease: Lease,
+    *,
+    state: TrialState,
+    value: float | None,
+    reason: str,
+    attributes: Mapping[str, Any] | None = None,
 ) -> None:
-    """End the trial and its lease; the reason stays with the trial.
+    """End the trial and its lease; reason and attributes, plain values, stay with the trial.
 
     Raises LeaseLost if the trial was somebody else's.
     """
-    given = {"state": state.name, "value": value, "reason": reason[:LONGEST_REASON]}
+    kept = {**(attributes or {}), "reason": reason[:LONGEST_REASON]}
+    given = {"state": state.name, "value": value, "attributes": json.dumps(kept)}
 
     def transaction() -> None:
         try:
@@ -156,9 +165,9 @@ _END = text("""
         INSERT INTO trial_values (trial_id, objective, value, value_type)
         SELECT trial_id, 0, :value, 'FINITE' FROM ended
         WHERE CAST(:value AS double precision) IS NOT NULL),
-    reason AS (
+    attributes AS (
         INSERT INTO trial_user_attributes (trial_id, key, value_json)
-        SELECT trial_id, 'reason', to_json(CAST(:reason AS text)) FROM ended
+        SELECT trial_id, key, value FROM ended, json_each(CAST(:attributes AS json))
         ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json)
     SELECT trial_id FROM ended
 """)

@@ -223,9 +223,19 @@ class OpenStudy:
         """The point of a list of so many that the lease's trial has. Raises LeaseLost."""
         return points.take_point(self._database, lease, num_points=num_points)
 
-    def end(self, lease: Lease, state: TrialState, *, value: float | None, reason: str) -> None:
-        """End the trial and its lease; the reason stays with the trial. Raises LeaseLost."""
-        results.end(self._database, lease, state=state, value=value, reason=reason)
+    def end(
+        self,
+        lease: Lease,
+        state: TrialState,
+        *,
+        value: float | None,
+        reason: str,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """End the trial and its lease; reason and attributes stay with it. Raises LeaseLost."""
+        results.end(
+            self._database, lease, state=state, value=value, reason=reason, attributes=attributes
+        )
 
     def checkpoints(self, lease: Lease, trial_id: int, *, trial_number: int) -> Checkpoints:
         """Where this attempt keeps them: what HPO_CHECKPOINTS says. Raises StorageError."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -26,7 +26,11 @@ PROBE_STEP_SECONDS = 0.04
 PROBE_MARGIN = 1.05
 """What another plan must be faster by to be taken instead of plain fp32."""
 
-_probed: dict[tuple[object, ...], "DevicePlan"] = {}
+Plain = Mapping[str, Any]
+Remember = Callable[[str, Callable[[], Plain]], Plain]
+"""Gives what the function gave when it was last called for this text; plain values, for JSON."""
+
+_probed: dict[str, Plain] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +124,13 @@ def has_fast_bf16() -> bool:
     return any(value is True for name, value in capabilities.items() if "bf16" in name)
 
 
+def remember_here(what: str, measure: Callable[[], Plain]) -> Plain:
+    """As long as this process lives."""
+    if what not in _probed:
+        _probed[what] = measure()
+    return _probed[what]
+
+
 def choose_plan(
     config: TrainConfig,
     *,
@@ -128,17 +139,19 @@ def choose_plan(
     device: str,
     num_threads: int = 1,
     data_bytes: int = 0,
+    remember: Remember = remember_here,
 ) -> DevicePlan:
     """The fastest way found to train this backbone here, in micro-batches that fit.
 
     On CUDA bf16 with channels_last where the hardware has it; on a CPU a probe of a few
     training steps, well below a second for small networks, once for each (backbone, size,
-    device, threads) in this process. What memory holds is tried on accelerators only, with
-    data_bytes of images beside it. Does not touch torch's random state, and leaves nothing in
+    device, threads) as far as `remember` does. What memory holds is tried on accelerators only,
+    with data_bytes of images beside it. Does not touch torch's random state, and leaves nothing in
     memory. Raises OutOfMemory if no micro-batch fits.
     """
     prepare(device, num_threads)
-    plan = _fast_plan(config, input_size, num_classes, device, num_threads)
+    plain = DevicePlan(device=device, num_threads=num_threads)
+    plan = _fast_plan(config, plain, input_size, num_classes, remember)
 
     def attempt(num_images: int) -> None:
         with own_randomness("memory", config.seed, device=device):
@@ -149,26 +162,31 @@ def choose_plan(
 
 
 def _fast_plan(
-    config: TrainConfig, input_size: Shape, num_classes: int, device: str, num_threads: int
+    config: TrainConfig, plain: DevicePlan, input_size: Shape, num_classes: int, remember: Remember
 ) -> DevicePlan:
-    plain = DevicePlan(device=device, num_threads=num_threads)
-    if device.startswith("cuda"):
+    if plain.device.startswith("cuda"):
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         precision: Precision = "bf16" if bf16 else "fp32"
         return dataclasses.replace(plain, precision=precision, channels_last=bf16)
-    if device != "cpu":
+    if plain.device != "cpu":
         return plain
-    key = (config.backbone, input_size, device, num_threads)
-    if key not in _probed:
-        last = dataclasses.replace(plain, channels_last=True)
-        candidates = [plain, last]
-        if has_fast_bf16():
-            candidates.append(dataclasses.replace(last, precision="bf16"))
-        config = dataclasses.replace(config.from_scratch(), trainable="all")
+    size = "x".join(map(str, input_size))
+    what = f"plan for {config.backbone} on {size} with {plain.num_threads} threads"
+    found = remember(what, lambda: _probe(config, plain, input_size, num_classes).to_dict())
+    return DevicePlan.from_dict(found)
+
+
+def _probe(
+    config: TrainConfig, plain: DevicePlan, input_size: Shape, num_classes: int
+) -> DevicePlan:
+    last = dataclasses.replace(plain, channels_last=True)
+    candidates = [plain, last]
+    if has_fast_bf16():
+        candidates.append(dataclasses.replace(last, precision="bf16"))
+    config = dataclasses.replace(config.from_scratch(), trainable="all")
+    with own_randomness("speed", config.seed):
         models = [build(config, input_size=input_size, num_classes=num_classes) for _ in candidates]
-        with own_randomness("speed", config.seed):
-            _probed[key] = _fastest(candidates, models, input_size)
-    return _probed[key]
+        return _fastest(candidates, models, input_size)
 
 
 def _fill_memory(

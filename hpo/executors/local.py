@@ -83,7 +83,11 @@ class LocalExecutor:
             target=_run_worker,
             args=(self._command_line, arguments),
             kwargs={
-                "environment": {**self._environment, "HPO_WORKER_ID": worker_id},
+                "environment": {
+                    **self._environment,
+                    "HPO_WORKER_ID": worker_id,
+                    "HPO_WORKER_CORES": str(len(cores)),
+                },
                 "log": log,
                 "core": cores[index % len(cores)] if device == "cpu" else None,
             },
@@ -160,6 +164,11 @@ def worker_devices(available: Sequence[str], chosen: str | None, workers: str) -
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(_cores())
+
+
+def cores_of_all_workers() -> int:
+    """Cores that the launcher of this worker may use, which pins each worker to one of them."""
+    return int(os.environ.get("HPO_WORKER_CORES", num_cores()))
 
 
 def _cores() -> list[int]:

@@ -61,7 +61,7 @@ def test_status_has_the_keys_of_the_contract() -> None:
     found = status_json("s", study(trial(0), trial(1, "PRUNED"), trial(2, "RUNNING", None)))
     assert list(found) == [
         "study", "budget", "complete", "pruned", "failed", "running", "waiting", "num_epochs",
-        "seconds", "best", "workers",
+        "seconds", "mfu", "spent", "best", "workers",
     ]  # fmt: skip
     assert found["best"] == {"number": 0, "value": 0.5, "params": {"lr": 0.1}}
     assert list(found["workers"][0]) == ["id", "host", "pid", "device", "trial", "epoch"]

@@ -127,6 +127,14 @@ def test_a_study_in_another_process_sees_what_has_ended(database: Database) -> N
     assert elsewhere.study.trials[0].user_attrs == {"reason": "said"}
 
 
+def test_attributes_are_written_with_the_end(database: Database) -> None:
+    study = OpenStudy(database, make_study(database))
+    lease, _ = begun(database, study)
+    given = {"spent": {"worker": "w", "training": 1.5}, "said": 'a "quoted" word, \\ and \u00e4'}
+    study.end(lease, TrialState.COMPLETE, value=0.5, reason="done", attributes=given)
+    assert study.study.trials[0].user_attrs == {**given, "reason": "done"}
+
+
 def test_of_a_reason_without_end_a_part_stays(database: Database) -> None:
     study = OpenStudy(database, make_study(database))
     lease, _ = begun(database, study)

@@ -1,0 +1,100 @@
+"""What was measured of this machine, kept in HPO_HOME so that each thing is measured once.
+
+Workers that begin together measure once, too, and so use the machine alike.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from storage.home import home
+
+logger = logging.getLogger(__name__)
+MOST_DAYS = 30
+"""After which it is measured again: machines get new kernels and new neighbours."""
+
+Check = Callable[[Any], object]
+
+_known: dict[Path, Any] = {}
+
+
+def measured_once(what: str, measure: Callable[[], Any], check: Check = bool) -> Any:
+    """The JSON value that `measure` gave when it was last called for this on such a machine.
+
+    check: raises ValueError for a value that can't be one. What can't be read or kept is measured.
+    """
+    here = json.dumps({"what": what, **_machine()}, sort_keys=True)
+    folder = home() / "measured"
+    path = folder / (hashlib.sha256(here.encode()).hexdigest()[:32] + ".json")
+    if path not in _known:
+        _known[path] = _kept(path, here, measure, check)
+    return _known[path]
+
+
+def _kept(path: Path, here: str, measure: Callable[[], Any], check: Check) -> Any:
+    found = None
+    try:
+        with _locked(path.parent):
+            found = _read(path, here, check)
+            if found is None:
+                found = measure()
+                _write(path, {"machine": here, "value": found})
+    except OSError as error:
+        logger.warning("what is measured can't be kept: %s", error)
+    return measure() if found is None else found
+
+
+def _read(path: Path, here: str, check: Check) -> Any:
+    """None if there is no such file, or none that is new and ours."""
+    try:
+        if time.time() - path.stat().st_mtime > MOST_DAYS * 86_400:
+            return None
+        content = json.loads(path.read_bytes())
+        if content["machine"] != here:
+            return None
+        check(content["value"])
+        return content["value"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(path: Path, content: Any) -> None:
+    number, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    with os.fdopen(number, "w") as file:
+        json.dump(content, file)
+    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """With no other process in it; the kernel unlocks it, however this one ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@functools.cache
+def _machine() -> dict[str, Any]:
+    """What a measurement depends on."""
+    import torch
+
+    model = platform.processor()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"cpu": model, "cores": os.cpu_count(), "gpus": gpus, "torch": torch.__version__}

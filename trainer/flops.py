@@ -1,0 +1,84 @@
+"""How much arithmetic a training is, and how much of it a device can do: their ratio is the MFU.
+
+Model FLOPs utilisation (Chowdhery et al. 2022, PaLM, appendix B): what the model's steps need, by
+what the hardware could have done in that time. Nothing that is done again, or beside the model,
+counts.
+"""
+
+import functools
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from trainer.backbones import build
+from trainer.config import TrainConfig
+from trainer.device import has_fast_bf16
+from trainer.features import on_features, trains_on_features
+from trainer.foreign import Shape
+from trainer.heads import head_name
+from trainer.seeds import own_randomness
+
+_SIDE = {"cpu": 512, "mps": 2048, "cuda": 8192}
+"""Rows of the square matrices that are multiplied; larger ones are no faster on a core."""
+_ROUNDS = 16
+
+
+def training_flops(config: TrainConfig, *, input_size: Shape, num_classes: int) -> int:
+    """Floating-point operations of one image in an optimizer step: three times the forward's.
+
+    torch's counter is wrong on the backward pass of depthwise convolutions, so that isn't counted
+    itself. Of head-only training on features, those of the head. A frozen part counts as if it
+    were trained. 0 where the operations are none that torch's counter knows.
+    """
+    return 3 * _forward_flops(
+        config.backbone,
+        config.head_hidden,
+        input_size,
+        num_classes,
+        trains_on_features(config),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _forward_flops(
+    backbone: str, head_hidden: int, input_size: Shape, num_classes: int, head_only: bool
+) -> int:
+    config = TrainConfig(backbone=backbone, head_hidden=head_hidden)
+    with own_randomness("flops", 0), torch.no_grad():
+        model = build(config, input_size=input_size, num_classes=num_classes).eval()
+        image = torch.zeros(1, *input_size)
+        if head_only:
+            head = model.get_submodule(head_name(model))
+            num_features = next(head.parameters()).shape[1]
+            model, image = on_features(model).eval(), torch.zeros(1, num_features, 1, 1)
+        with FlopCounterMode(display=False) as counter:
+            model(image)
+    return int(counter.get_total_flops())
+
+
+def peak_flops(device: str) -> float:
+    """Floating-point operations a second of a matrix product: the fastest of a few rounds.
+
+    In bf16 where the hardware has it, else in fp32. Of one thread on a CPU, by its own clock, so
+    that a neighbour doesn't count; takes a tenth of a second there.
+    """
+    kind = torch.device(device).type
+    bf16 = has_fast_bf16() if kind == "cpu" else kind == "cuda" and torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )  # fmt: skip
+    side, dtype = _SIDE[kind], torch.bfloat16 if bf16 else torch.float32
+    matrix = torch.full((side, side), 0.5, device=device, dtype=dtype)
+    clock = time.thread_time if kind == "cpu" else time.perf_counter
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds = []
+        for _ in range(1 + _ROUNDS):
+            started = clock()
+            product = matrix @ matrix
+            float(product[0, 0])  # waits for the device
+            seconds.append(clock() - started)
+    finally:
+        torch.set_num_threads(num_threads)
+    return 2 * side**3 / min(seconds[1:])
