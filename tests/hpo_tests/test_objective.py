@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -14,6 +15,7 @@ from optuna.trial import TrialState
 from hpo.objective import Outcome, TrialRun, _say_without_checkpoints
 from hpo.space import Range, SearchSpace
 from hpo.spec import StudySpec
+from hpo.utilisation import mfu, seconds_spent
 from storage import leases
 from storage.checkpoints import TrialCheckpoints, checkpoint_root
 from storage.database import Database
@@ -142,3 +144,19 @@ def test_a_worker_says_once_that_there_is_no_room_for_checkpoints(
         "training goes on without checkpoints (Not a directory): if this worker dies, "
         "its trial begins anew"
     ]
+
+
+def test_a_trial_says_how_much_it_computed_and_where_its_seconds_went(
+    database: Database, study: OpenStudy, digits: ImageDataset
+) -> None:
+    started = time.perf_counter()
+    run(database, study, digits)
+    seconds = time.perf_counter() - started
+    now = snapshot(database, study.record.study_id)
+    (row,) = seconds_spent(now.trials)
+    assert row.pop("num_trials") == 1
+    assert row.pop("worker") == ""
+    assert 0 < row["training"] < sum(row.values()) <= seconds
+    share = mfu(now)
+    assert share is not None
+    assert 0 < share < 1
