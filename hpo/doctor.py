@@ -261,6 +261,7 @@ def _speed(spec: StudySpec, options: LaunchOptions, work: "EpochWork") -> Iterat
             num_workers=len(devices),
             num_train=work.num_trained,
             num_val=work.num_checked,
+            num_val_early=work.num_checked_early,
             paces=paces,
         )
         yield Finding(about="end", level="ok", text=_end(end, num_trials, len(devices)))

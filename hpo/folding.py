@@ -7,6 +7,7 @@ from hpo.spec import StudySpec
 from trainer.config import TrainConfig
 from trainer.data.dataset import ImageDataset
 from trainer.data.folds import cut_folds, fold_parts
+from trainer.evaluate import early_size
 from trainer.footprint import measure_footprint
 from trainer.memory import is_probed
 
@@ -23,7 +24,9 @@ class EpochWork:
     num_trained: int
     """Images that all models of a trial are trained on."""
     num_checked: int
-    """Images that one of the models is validated on."""
+    """Images that all models of a trial are validated on."""
+    num_checked_early: int
+    """The same at the quarter of the first epoch."""
     image_bytes: int
 
 
@@ -36,6 +39,7 @@ def work_of_an_epoch(data: ImageDataset, *, folds: int | None, seed: int) -> Epo
             num_train=num_train,
             num_trained=num_train,
             num_checked=len(data.val),
+            num_checked_early=early_size(len(data.val)),
             image_bytes=images,
         )
     num_images = len(data.train) + len(data.val)
@@ -45,6 +49,7 @@ def work_of_an_epoch(data: ImageDataset, *, folds: int | None, seed: int) -> Epo
         num_train=num_images - max(sizes),
         num_trained=(folds - 1) * num_images,
         num_checked=num_images,
+        num_checked_early=sum(map(early_size, sizes)),
         image_bytes=one * (3 * num_images - sizes[-1]),
     )
 

@@ -38,16 +38,20 @@ def forecast(
     num_workers: int,
     num_train: int,
     num_val: int,
+    num_val_early: int,
     paces: Mapping[str, Pace],
 ) -> Forecast:
     """Epochs and seconds of a study whose trials draw their backbones evenly from `paces`.
 
-    The rungs are the study's own, run on trials of random quality.
+    The rungs are the study's own, run on trials of random quality. num_val_early: images of the
+    report at a quarter epoch.
     """
     num_epochs, num_reports = expected_epochs(spec, num_trials)
     train = statistics.fmean(num_train / pace.train for pace in paces.values())
     check = statistics.fmean(num_val / pace.evaluate for pace in paces.values())
-    work = num_epochs * train + num_reports * check + num_trials * TRIAL_SECONDS
+    early = statistics.fmean(num_val_early / pace.evaluate for pace in paces.values())
+    checks = (num_reports - num_trials) * check + num_trials * early
+    work = num_epochs * train + checks + num_trials * TRIAL_SECONDS
     # the last ones in full are alone: nothing is left for the other workers
     longest = spec.epochs * (train + check)
     tail = longest * (num_workers - 1) / (2 * num_workers)

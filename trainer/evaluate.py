@@ -17,6 +17,10 @@ PIXELS = {"cpu": 2**19, "mps": 2**23, "cuda": 2**24}
 """Values of all images of a batch together."""
 
 
+EARLY_IMAGES = 2_000
+"""Of the validation images, about so many judge a training after its first quarter epoch."""
+
+
 def no_pulse() -> None:
     """Nothing."""
 
@@ -103,6 +107,29 @@ def evaluate(
         macro_f1=_mean_f1(found),
         num_images=start,
     )
+
+
+def early_part(split: Split) -> Split:
+    """EARLY_IMAGES of them or somewhat more, the same each time, each class with its share.
+
+    All where there are fewer than twice as many. Where most trainings are judged once and stopped,
+    looking at everything costs a seventh of them.
+    """
+    stride = _early_stride(len(split))
+    if stride == 1:
+        return split
+    by_class = torch.argsort(split.labels, stable=True)
+    chosen = by_class[::stride].sort().values
+    return type(split)(split.images[chosen], split.labels[chosen])
+
+
+def early_size(num_images: int) -> int:
+    """How many early_part takes of so many."""
+    return math.ceil(num_images / _early_stride(num_images))
+
+
+def _early_stride(num_images: int) -> int:
+    return max(1, num_images // EARLY_IMAGES)
 
 
 def classify(

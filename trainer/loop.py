@@ -16,7 +16,7 @@ from trainer.balance import balanced_order, loss_weights
 from trainer.config import DataError, Objective, TrainConfig, TrainingDiverged
 from trainer.data.dataset import ImageDataset, Split
 from trainer.device import DevicePlan
-from trainer.evaluate import Evaluation, Normaliser, evaluate, no_pulse
+from trainer.evaluate import Evaluation, Normaliser, early_part, evaluate, no_pulse
 from trainer.features import as_features, on_features, trains_on_features
 from trainer.heads import freeze
 from trainer.loss import summed_loss
@@ -88,7 +88,8 @@ def train(
 ) -> Generator[ProgressReport, None, None]:
     """Train on data.train, report after a quarter of an epoch and after each epoch.
 
-    An epoch of fewer than 8 batches has no report at its quarter. resume: a state's to_bytes();
+    An epoch of fewer than 8 batches has no report at its quarter, and what is reported there is of
+    a fixed part of the validation images (early_part). resume: a state's to_bytes();
     training goes on after it, on a CPU bit for bit as if it had never stopped. pulse is called
     before each batch, and what it raises ends the training. try_averages: names of averages whose
     value the last report is to say. objective: which validation value that is, and patience looks
@@ -140,8 +141,9 @@ def train(
             trained = time.perf_counter()
             state.step, state.images_seen = leg.step, state.images_seen + num_images
             judged = state.averages.models() if leg.step == last_step else {}
+            shown = early_part(val_split) if leg.step < STEPS_AN_EPOCH else val_split
             val, *others = [
-                evaluate(view(judge), val_split, plan, mean=data.mean, std=data.std, pulse=pulse)
+                evaluate(view(judge), shown, plan, mean=data.mean, std=data.std, pulse=pulse)
                 for judge in (state.result, *judged.values())
             ]
         check_finite(train_loss, val, leg, config)

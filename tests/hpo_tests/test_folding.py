@@ -187,7 +187,8 @@ def test_the_doctors_forecast_is_k_times_as_long_and_says_why(
     ends = [
         forecast(
             dataclasses.replace(SPEC, first_rung=16), num_trials=40, num_workers=1,
-            num_train=num_train, num_val=num_val, paces={"smallcnn": Pace(train=10, evaluate=20)},
+            num_train=num_train, num_val=num_val, num_val_early=num_val,
+            paces={"smallcnn": Pace(train=10, evaluate=20)},
         ).seconds
         for num_train, num_val in ((120, 30), (600, 150), (0, 0))
     ]  # fmt: skip

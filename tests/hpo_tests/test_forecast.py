@@ -38,8 +38,9 @@ def test_the_end_is_work_over_workers_and_a_tail() -> None:
         num_workers=2,
         num_train=1000,
         num_val=500,
+        num_val_early=100,
         paces={"a": Pace(train=100, evaluate=1000), "b": Pace(train=1000 / 30, evaluate=1000)},
     )
     assert found.num_epochs == 20
-    work = 20 * 20 + 10 * 3 * 0.5 + 10 * TRIAL_SECONDS
+    work = 20 * 20 + 10 * (0.1 + 2 * 0.5) + 10 * TRIAL_SECONDS
     assert found.seconds == pytest.approx(work / 2 + 2 * 20.5 / 4)

@@ -14,6 +14,8 @@ from trainer.evaluate import (
     calibration_error,
     classify,
     confusion_matrix,
+    early_part,
+    early_size,
     evaluate,
     macro_f1,
     macro_recall,
@@ -197,3 +199,23 @@ def test_wilsons_interval_stays_between_0_and_1() -> None:
     assert wilson_interval(0, 0) == (0, 1)
     assert list(wilson_interval(0, 5)) == pytest.approx([0, 0.4345], abs=1e-4)
     assert list(wilson_interval(5, 5)) == pytest.approx([0.5655, 1], abs=1e-4)
+
+
+def test_the_early_part_is_the_same_each_time_and_has_each_class_with_its_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trainer.evaluate, "EARLY_IMAGES", 50)
+    split = Split(torch.zeros(217, 1, 2, 2, dtype=torch.uint8), torch.arange(217) % 10 // 4)
+    part = early_part(split)
+    assert len(part) == early_size(217) == 55
+    shares = split.labels.bincount() / len(split)
+    assert torch.allclose(part.labels.bincount() / len(part), shares, atol=0.02)
+    assert torch.equal(early_part(split).labels, part.labels)
+
+
+def test_few_images_are_all_looked_at_early() -> None:
+    split = some_split()
+    assert early_part(split) is split
+    assert [early_size(number) for number in (0, 53, 3_999, 4_000, 6_000)] == [
+        0, 53, 3_999, 2_000, 2_000,
+    ]  # fmt: skip

@@ -94,6 +94,18 @@ def test_reports_come_after_a_quarter_epoch_and_after_each_epoch(digits: ImageDa
     assert reports[-1].state.history == [report.to_dict() for report in reports]
 
 
+def test_the_quarter_is_judged_by_a_part_of_the_images_and_epochs_by_all(
+    digits: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = list(train(config(epochs=1), digits, CPU))
+    monkeypatch.setattr("trainer.evaluate.EARLY_IMAGES", 25)
+    part = list(train(config(epochs=1), digits, CPU))
+    assert whole[0].val_loss != part[0].val_loss
+    assert (25 * part[0].val_accuracy).is_integer()
+    assert whole[0].train_loss == part[0].train_loss
+    assert whole[1].val_loss == part[1].val_loss
+
+
 def test_an_epoch_of_few_batches_has_no_report_at_its_quarter(digits: ImageDataset) -> None:
     reports = list(train(config(batch_size=64, epochs=2), digits, CPU))
     assert [report.step for report in reports] == [4, 8]
