@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.leak import spread
-from benchmarks.worker import machine
+from hpo.measured import machine
 from trainer.config import TrainConfig
 from trainer.data.dataset import ImageDataset, Split, channel_statistics
 from trainer.data.fashion_mnist import load

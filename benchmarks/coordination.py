@@ -29,7 +29,7 @@ from optuna.trial import TrialState
 
 from benchmarks.chaos.__main__ import arena
 from benchmarks.chaos.stage import query
-from benchmarks.worker import machine
+from hpo.measured import machine
 from hpo.objective import TrialRun
 from hpo.rungs import judge
 from hpo.space import Range, SearchSpace

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.worker import machine
+from hpo.measured import machine
 
 NUM_CLASSES = 10
 BROKEN_SHARE = 30 / 5000

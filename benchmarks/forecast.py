@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.worker import machine
+from hpo.measured import machine
 
 STUDIES = (
     ("--data", "digits", "--trials", "30"),

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.worker import machine
+from hpo.measured import machine
 
 ROUNDS = 15
 COMMANDS = {"python -c pass": ["-c", "pass"], "hpo --help": ["-m", "hpo.cli", "--help"]}
@@ -25,7 +25,7 @@ def seconds(arguments: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def main() -> None:
+def main(_arguments: list[str] | None = None) -> None:
     """Measure, print, write."""
     rounds = [
         {name: seconds(arguments) for name, arguments in COMMANDS.items()}

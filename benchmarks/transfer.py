@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.winner import halved
-from benchmarks.worker import machine
+from hpo.measured import machine
 from trainer.backbones import as_fed
 from trainer.config import TrainConfig
 from trainer.data.dataset import ImageDataset, channel_statistics

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.worker import machine
+from hpo.measured import machine
 from storage.embedded import EmbeddedPostgres
 from tests.parts import url_of
 

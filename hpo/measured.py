@@ -33,7 +33,7 @@ def measured_once(what: str, measure: Callable[[], Any], check: Check = bool) ->
 
     check: raises ValueError for a value that can't be one. What can't be read or kept is measured.
     """
-    here = json.dumps({"what": what, **_machine()}, sort_keys=True)
+    here = json.dumps({"what": what, **machine()}, sort_keys=True)
     folder = home() / "measured"
     path = folder / (hashlib.sha256(here.encode()).hexdigest()[:32] + ".json")
     if path not in _known:
@@ -88,8 +88,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @functools.cache
-def _machine() -> dict[str, Any]:
-    """What a measurement depends on."""
+def machine() -> dict[str, Any]:
+    """What a measurement depends on. Imports torch."""
     import torch
 
     model = platform.processor()

@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision import models
 
 from trainer.config import ConfigError, TrainConfig, unknown_name
 from trainer.data.dataset import ImageDataset
@@ -141,9 +140,25 @@ def _init_convolutions(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def _resnet(constructor: Callable[..., Any]) -> Maker:
+def _torchvision(name: str, **options: Any) -> Any:
+    """One of torchvision's networks; importing those takes as long as torch itself."""
+    from torchvision import models
+
+    return models.get_model(name, **options)
+
+
+def _weights(name: str) -> Callable[[], Any]:
+    def find() -> Any:
+        from torchvision import models
+
+        return models.get_model_weights(name)["DEFAULT"]
+
+    return find
+
+
+def _resnet(name: str) -> Maker:
     def make(input_size: Shape, num_classes: int, dropout: float) -> nn.Module:
-        model = constructor(num_classes=num_classes)
+        model = _torchvision(name, num_classes=num_classes)
         small = _is_small(input_size)
         if small:
             model.maxpool = nn.Identity()
@@ -156,11 +171,11 @@ def _resnet(constructor: Callable[..., Any]) -> Maker:
     return make
 
 
-def _mobile(constructor: Callable[..., Any]) -> Maker:
+def _mobile(name: str) -> Maker:
     """MobileNetV3 and EfficientNet: the same stem, and a dropout of their own."""
 
     def make(input_size: Shape, num_classes: int, dropout: float) -> nn.Module:
-        model = constructor(num_classes=num_classes, dropout=dropout)
+        model = _torchvision(name, num_classes=num_classes, dropout=dropout)
         stem = model.features[0][0]
         stride = 1 if _is_small(input_size) else 2
         model.features[0][0] = nn.Conv2d(
@@ -172,11 +187,11 @@ def _mobile(constructor: Callable[..., Any]) -> Maker:
     return make
 
 
-def _convnext(constructor: Callable[..., Any]) -> Maker:
+def _convnext(name: str) -> Maker:
     """ConvNeXt; its patches are 2x2 instead of 4x4 on small images."""
 
     def make(input_size: Shape, num_classes: int, dropout: float) -> nn.Module:
-        model = constructor(num_classes=num_classes)
+        model = _torchvision(name, num_classes=num_classes)
         patch = 2 if _is_small(input_size) else 4
         model.features[0][0] = nn.Conv2d(input_size[0], 96, patch, patch)
         nn.init.trunc_normal_(model.features[0][0].weight, std=0.02)
@@ -212,34 +227,34 @@ BACKBONES: dict[str, Backbone] = {
         stages=(("0", "1"), ("3", "4", "5"), ("6", "7", "8"), ("9", "10", "11")),
     ),
     "resnet18": Backbone(
-        make=_resnet(models.resnet18),
+        make=_resnet("resnet18"),
         stages=_RESNET_STAGES,
-        weights=models.ResNet18_Weights.DEFAULT,
+        weights=_weights("resnet18"),
     ),
     "resnet50": Backbone(
-        make=_resnet(models.resnet50),
+        make=_resnet("resnet50"),
         stages=_RESNET_STAGES,
-        weights=models.ResNet50_Weights.DEFAULT,
+        weights=_weights("resnet50"),
     ),
     "mobilenet_v3_small": Backbone(
-        make=_mobile(models.mobilenet_v3_small),
+        make=_mobile("mobilenet_v3_small"),
         stages=_features([0], [1], [2, 3], range(4, 9), range(9, 13)),
-        weights=models.MobileNet_V3_Small_Weights.DEFAULT,
+        weights=_weights("mobilenet_v3_small"),
     ),
     "mobilenet_v3_large": Backbone(
-        make=_mobile(models.mobilenet_v3_large),
+        make=_mobile("mobilenet_v3_large"),
         stages=_features([0, 1], [2, 3], range(4, 7), range(7, 13), range(13, 17)),
-        weights=models.MobileNet_V3_Large_Weights.DEFAULT,
+        weights=_weights("mobilenet_v3_large"),
     ),
     "efficientnet_b0": Backbone(
-        make=_mobile(models.efficientnet_b0),
+        make=_mobile("efficientnet_b0"),
         stages=_features([0, 1], [2], [3], [4, 5], [6, 7, 8]),
-        weights=models.EfficientNet_B0_Weights.DEFAULT,
+        weights=_weights("efficientnet_b0"),
     ),
     "convnext_tiny": Backbone(
-        make=_convnext(models.convnext_tiny),
+        make=_convnext("convnext_tiny"),
         stages=_features([0, 1], [2, 3], [4, 5], [6, 7]),
         min_side=16,
-        weights=models.ConvNeXt_Tiny_Weights.DEFAULT,
+        weights=_weights("convnext_tiny"),
     ),
 }

@@ -27,7 +27,8 @@ class Backbone:
     """Names of the modules of each stage, from the image to the head: a stage ends where the
     picture gets smaller."""
     min_side: int = 8
-    weights: Any = None
+    weights: Callable[[], Any] | None = None
+    """Gives what torchvision's WeightsEnum has: url, get_state_dict, transforms."""
 
 
 _ONE_STAGE: tuple[tuple[str, ...], ...] = ((),)
@@ -86,7 +87,7 @@ def timm_backbone(name: str) -> Backbone:
             raise ConfigError(f"backbone timm:{name}: {reason}") from error
         return _checked(f"timm:{name}", model, input_size, num_classes)
 
-    return Backbone(make=make, stages=_ONE_STAGE, min_side=1, weights=TimmWeights(name))
+    return Backbone(make=make, stages=_ONE_STAGE, min_side=1, weights=lambda: TimmWeights(name))
 
 
 class TimmWeights:

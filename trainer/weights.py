@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,11 @@ class Weights:
     """None: not known."""
 
 
-def starting_weights(config: TrainConfig, published: Any) -> Weights | None:
+def starting_weights(config: TrainConfig, published: Callable[[], Any] | None) -> Weights | None:
     """What the config starts from; None: random weights.
 
-    published: torchvision's description of this backbone's weights. Raises ConfigError if they
-    aren't there or can't be read.
+    published: of this backbone (Backbone.weights). Raises ConfigError if they aren't there or can't
+    be read.
     """
     if config.weights:
         return read_weights(Path(config.weights))
@@ -160,13 +160,14 @@ def _statistics(tensors: Mapping[str, Tensor]) -> Statistics | None:
     return mean, std
 
 
-def _published(name: str, published: Any) -> Weights:
-    """torchvision's, downloaded when they are not there."""
+def _published(name: str, published: Callable[[], Any] | None) -> Weights:
+    """Downloaded when they are not there."""
     if published is None:
         raise ConfigError(f"pretrained: there are no published weights of {name}")
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(published.url).name)
+    found = published()
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(found.url).name)
     try:
-        tensors = published.get_state_dict(
+        tensors = found.get_state_dict(
             progress=False, check_hash=True, weights_only=True, map_location="cpu"
         )
     except OSError as error:
@@ -177,7 +178,7 @@ def _published(name: str, published: Any) -> Weights:
         raise ConfigError(
             f"pretrained {name}: {path} can't be read; delete it to have it downloaded again"
         ) from error
-    fed = published.transforms()
+    fed = found.transforms()
     statistics = (tuple(fed.mean), tuple(fed.std))
     return Weights(tensors=tensors, origin=f"pretrained {name}", statistics=statistics)
 

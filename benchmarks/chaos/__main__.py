@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.chaos.audit import Finding
 from benchmarks.chaos.rows import ROWS, SHORT, findings_of
 from benchmarks.chaos.stage import Arena
-from benchmarks.worker import machine
+from hpo.measured import machine
 from tests.parts import TcpPostgres, free_port
 
 HEADER = (

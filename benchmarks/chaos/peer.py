@@ -28,7 +28,7 @@ import optuna
 from benchmarks.chaos.__main__ import arena
 from benchmarks.chaos.faults import FaultPlan
 from benchmarks.chaos.stage import ROOT, Arena, Overdue, Stage
-from benchmarks.worker import machine
+from hpo.measured import machine
 from tests.parts import PASSWORD
 
 BUDGET, WORKERS, EPOCHS, EPOCH_SECONDS = 50, 4, 12, 0.4

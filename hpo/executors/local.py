@@ -22,7 +22,15 @@ from hpo.errors import UsageError
 from hpo.logs import open_log
 from storage.home import home
 
-_PRELOADED = ["hpo.worker", "hpo.cli"]
+_PRELOADED = [
+    "hpo.worker",
+    "hpo.cli",
+    # what a worker would import by itself, each one anew; torch's optimizers bring _dynamo
+    "torch._dynamo",
+    "alembic.command",
+    "sqlalchemy.dialects.postgresql.psycopg2",
+    "trainer.data.registry",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,7 @@ def test_another_machine_with_the_same_home_measures_itself(
     ruler = Ruler()
     measured_once("length", ruler)
     as_another_process(monkeypatch)
-    monkeypatch.setattr(hpo.measured, "_machine", lambda: {"cpu": "another"})
+    monkeypatch.setattr(hpo.measured, "machine", lambda: {"cpu": "another"})
     measured_once("length", ruler)
     assert ruler.num_calls == 2
 

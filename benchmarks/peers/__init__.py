@@ -1,0 +1,1 @@
+"""What people write today, as well as its users would: the arms that benchmarks.study compares."""
