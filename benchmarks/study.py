@@ -9,17 +9,20 @@ validate; --full: all 60,000); smallcnn and resnet8, Adam, a constant learning r
 shifts. equal: 12 given configurations, one epoch each; every arm must make the same number of
 optimizer steps. pruned: 50 trials of up to 8 epochs from each tool's own sampler.
 
-Ray Tune (extra: peers) is left out where it isn't installed, and said so.
+Ray Tune (extra: peers) is left out where it isn't installed, and said so. `--arms "hpo, 2 workers;
+hpo, 4 workers"` compares numbers of workers, on one GPU for example.
 """
 
 import argparse
 import contextlib
+import functools
 import gzip
 import importlib.util
 import json
 import math
 import os
 import random
+import re
 import statistics
 import struct
 import subprocess
@@ -80,7 +83,7 @@ def peer(module: str, **more: Any) -> Callable[[Row, Path], list[str]]:
     return command
 
 
-def hpo_command(task: Row, folder: Path) -> list[str]:
+def hpo_command(task: Row, folder: Path, workers: str = "auto") -> list[str]:
     """As a user would type it."""
     space = (
         f"[space]\nlr = {{ low = {LRS[0]}, high = {LRS[1]}, log = true }}\n"
@@ -92,6 +95,7 @@ def hpo_command(task: Row, folder: Path) -> list[str]:
     command = [sys.executable, "-m", "hpo.cli", "launch", "--data", "fashion-mnist", "--json"]
     command += ["--trials", f"{task['num_trials']}", "--epochs", f"{task['epochs']}"]
     command += ["--space", str(folder / "space.toml"), "--seed", f"{task['seed']}"]
+    command += ["--workers", workers]
     for point in task["points"]:
         command += ["--try", ",".join(f"{name}={value}" for name, value in point.items())]
     return command if task["prunes"] else [*command, "--pruner", "none"]
@@ -104,6 +108,13 @@ ARMS: Mapping[str, Callable[[Row, Path], list[str]]] = {
     "optuna, n_jobs": peer("optuna_script", num_threads=NUM_CORES, num_processes=1),
     "ray tune": peer("ray_tune"),
 }
+
+
+def command_of(arm: str) -> Callable[[Row, Path], list[str]]:
+    """Of one of ARMS, or of `hpo, N workers`."""
+    if match := re.fullmatch(r"hpo, (\d+) workers?", arm):
+        return functools.partial(hpo_command, workers=match[1])
+    return ARMS[arm]
 
 
 def run(arm: str, kind: str, seed: int, num_images: int) -> Row:
@@ -124,7 +135,7 @@ def run(arm: str, kind: str, seed: int, num_images: int) -> Row:
             "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         }
         environment.pop("HPO_STORAGE", None)
-        command = ARMS[arm](task, folder)
+        command = command_of(arm)(task, folder)
         watching = Watching(arm, folder)
         started = time.time()
         with (folder / "output").open("wb") as output:
@@ -181,12 +192,12 @@ class Watching:
         self._seen: dict[tuple[int, int], float] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._poll)
-        if arm == "hpo":
+        if arm.startswith("hpo"):
             self._thread.start()
 
     def ended(self, environment: Mapping[str, str]) -> list[Row]:
         """The lines of the study, which has ended."""
-        if self._arm != "hpo":
+        if not self._arm.startswith("hpo"):
             text = (self._folder / "witness.jsonl").read_text()
             return [json.loads(each) for each in text.splitlines()]
         self._over.set()
@@ -239,7 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--full", action="store_true", help="all images; hours")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
-    arms = options.arms.split(";") if options.arms else list(ARMS)
+    arms = [name.strip() for name in options.arms.split(";")] if options.arms else list(ARMS)
     if "ray tune" in arms and importlib.util.find_spec("ray") is None:
         print("Ray Tune is not installed (pip install '.[peers]'): left out")
         arms.remove("ray tune")

