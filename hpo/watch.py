@@ -60,7 +60,7 @@ class Watch:
             with self.view:
                 while self._workers and self._received is None:
                     self._look()
-                    time.sleep(_POLL_SECONDS)
+                    self.executor.wait(self._workers, _POLL_SECONDS)
             if self._received is not None:
                 raise Interrupted(f"interrupted: {self._left()}")
             return snapshot(self.database, self.record.study_id)

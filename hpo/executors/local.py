@@ -7,6 +7,7 @@ hpo worker.
 """
 
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import signal
@@ -109,6 +110,10 @@ class LocalExecutor:
             process=process,
             started_at=time.monotonic(),
         )
+
+    def wait(self, workers: Sequence[LocalWorker], seconds: float) -> None:
+        """Until one of them has ended, or for so long."""
+        multiprocessing.connection.wait([worker.process.sentinel for worker in workers], seconds)
 
     def signal(self, workers: Sequence[LocalWorker], number: signal.Signals) -> None:
         """Send a signal to those that live."""

@@ -138,6 +138,19 @@ def test_a_broken_space_file_is_a_usage_error(hpo: Hpo, tmp_path: Path) -> None:
         assert says in refused(hpo.run("launch", "--space", str(path)), 2)
 
 
+def test_torchvision_which_imports_as_long_as_torch_waits_for_a_network_of_its_own() -> None:
+    code = (
+        "import sys, hpo.worker, hpo.launch, hpo.settle; from trainer.backbones import build;"
+        "from trainer.config import TrainConfig as C; print('torchvision' in sys.modules);"
+        "build(C(backbone='resnet8'), input_size=(1, 8, 8), num_classes=2);"
+        "print('torchvision' in sys.modules);"
+        "build(C(backbone='resnet18'), input_size=(1, 8, 8), num_classes=2);"
+        "print('torchvision' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False", "True"]
+
+
 @pytest.mark.parametrize("command", ["status", "trials", "stop", "best", "launch"])
 @pytest.mark.parametrize("url", ["mysql://root@localhost/x", "nonsense"])
 def test_another_database_is_refused(tmp_path: Path, command: str, url: str) -> None:

@@ -2,9 +2,10 @@
 
 import io
 import multiprocessing
+import multiprocessing.connection
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,6 +41,9 @@ class Ending:
             process=cast(Any, process),
             started_at=time.monotonic(),
         )
+
+    def wait(self, workers: Sequence[LocalWorker], seconds: float) -> None:
+        multiprocessing.connection.wait([worker.process.sentinel for worker in workers], seconds)
 
     def signal(self, *_: object) -> None:
         """Nobody is left."""
