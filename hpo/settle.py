@@ -39,6 +39,7 @@ def settle(
     fields: of the space, as options give them. Raises UsageError, ConfigError or DataError.
     """
     from hpo.folding import work_of_an_epoch
+    from trainer.balance import imported_smote
     from trainer.data.registry import load
     from trainer.device import available_devices
     from trainer.weights import digest
@@ -56,6 +57,9 @@ def settle(
         num_cores=num_cores() if available_devices() == ["cpu"] else None,
     )
     space = space.replace(**_by_weights(weights, fields), **fields)
+    space.check_together()
+    if "smote" in space.choices("balance"):
+        imported_smote()
     _check_weights(space, dataset)
     _check_limits(options.limits, space, dataset)
     spec = StudySpec(

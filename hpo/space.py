@@ -17,7 +17,7 @@ from optuna.distributions import (
 )
 
 from trainer.conditions import idle_because
-from trainer.config import ConfigError, TrainConfig, unknown_name
+from trainer.config import ConfigError, TrainConfig, check_balance, unknown_name
 
 _FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 _NEVER_SEARCHED = {
@@ -68,6 +68,17 @@ class SearchSpace:
                     raise ConfigError(f"space: {error}") from error
             if isinstance(what, Range) and _FIELDS[name].type not in (int, float):
                 raise ConfigError(f"space: {name} takes a list of choices, not a range")
+
+    def check_together(self) -> None:
+        """Raises ConfigError where a value of one field can't stand beside one of another."""
+        if "smote" not in self.choices("balance"):
+            return
+        for name, what in self.fields.items():
+            for value in _extremes(what):
+                given = {"trainable": "head", name: value, "balance": "smote"}
+                check_balance(TrainConfig.from_dict(given))
+        if "trainable" not in self.fields:
+            check_balance(TrainConfig(balance="smote"))
 
     @property
     def searched(self) -> tuple[str, ...]:

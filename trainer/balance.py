@@ -1,12 +1,12 @@
-"""Classes of unequal size: images that weigh more, or are drawn more often.
+"""Classes of unequal size: images that weigh more, are drawn more often, or are made up."""
 
-Oversampling in feature space (SMOTE) belongs to the training of a head alone, and not here.
-"""
+import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer.config import TrainConfig
+from trainer.config import ConfigError, TrainConfig
 from trainer.data.dataset import ImageDataset
 from trainer.seeds import seeded_generator
 
@@ -43,3 +43,35 @@ def balanced_order(seed: int, epoch: int, labels: Tensor) -> Tensor:
     chance = torch.rand(len(labels), generator=generator, dtype=torch.float64)
     within = (chance * counts[drawn]).long()
     return by_class[starts[drawn] + within]
+
+
+def imported_smote() -> Any:
+    """imbalanced-learn's SMOTE. Raises ConfigError where it is missing."""
+    try:
+        from imblearn.over_sampling import SMOTE
+    except ImportError as error:
+        raise ConfigError(
+            "balance smote needs imbalanced-learn: pip install 'hpo-vision[smote]'"
+        ) from error
+    return SMOTE
+
+
+def with_smote(features: ImageDataset, *, seed: int) -> ImageDataset:
+    """The features with all classes of the training images as large as the largest of them.
+
+    SMOTE (Chawla et al. 2002), five neighbours or as many as the smallest class has; an image that
+    is alone in its class is copied. The data's own come first, in their order. Raises ConfigError
+    where imbalanced-learn is missing.
+    """
+    images, labels = features.train.images, features.train.labels
+    counts = labels.bincount()
+    alone = (counts[labels] == 1).nonzero()[:, 0]
+    order = torch.cat([torch.arange(len(labels)), alone])
+    images, labels = images[order], labels[order]
+    smallest = int(counts[counts > 0].clamp(min=2).min())
+    smote = imported_smote()(k_neighbors=min(5, smallest - 1), random_state=seed)
+    made, of_class = smote.fit_resample(images.flatten(1).numpy(), labels.numpy())
+    train = type(features.train)(
+        torch.from_numpy(made).view(len(made), *images.shape[1:]), torch.from_numpy(of_class)
+    )
+    return dataclasses.replace(features, train=train)

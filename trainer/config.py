@@ -12,7 +12,7 @@ Schedule = Literal["constant", "step", "cosine", "onecycle"]
 Average = Literal["none", "ema", "tail"]
 Trainable = Literal["all", "head", "last1", "last2", "last3", "gradual"]
 Policy = Literal["none", "trivialaugment", "randaugment"]
-Balance = Literal["none", "loss", "sampling"]
+Balance = Literal["none", "loss", "sampling", "smote"]
 Objective = Literal["accuracy", "balanced_accuracy", "macro_f1"]
 """Validation values that a training can be judged by; the names are those of Evaluation."""
 
@@ -115,7 +115,9 @@ class TrainConfig:
     in [0, 1000]; 0 is off (Yun et al. 2019, who take 1)."""
     balance: Balance = "none"
     """For classes of unequal size: loss weighs each image by the inverse of its class's size (the
-    mean weight is 1), sampling draws the images of an epoch with all classes equally likely."""
+    mean weight is 1), sampling draws the images of an epoch with all classes equally likely, smote
+    (Chawla et al. 2002; for a head alone) does so after it has filled the small classes with points
+    between the features of their images."""
     seed: int = 0
     """Of weights, order and augmentation; >= 0."""
 
@@ -182,6 +184,26 @@ class TrainConfig:
 
 def _name(kind: Any) -> str:
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[kind]
+
+
+def trains_on_features(config: TrainConfig) -> bool:
+    """Whether each epoch would show the same pictures to the same frozen network."""
+    changes = (
+        config.flip, config.translate, config.rotation, config.cutout, config.erasing,
+        config.policy != "none", config.mixup, config.cutmix,
+    )  # fmt: skip
+    # other people's networks may drop out where we don't see it
+    known = ":" not in config.backbone or config.dropout == 0
+    return config.trainable == "head" and known and not any(changes)
+
+
+def check_balance(config: TrainConfig) -> None:
+    """Raise ConfigError where SMOTE would have no features to work on."""
+    if config.balance == "smote" and not trains_on_features(config):
+        raise ConfigError(
+            "balance smote needs features that stay the same: trainable = head, and nothing that "
+            "changes pictures (flip, translate, rotation, cutout, policy, erasing, mixup, cutmix)"
+        )
 
 
 def _check(holds: bool, rule: str, value: object) -> None:

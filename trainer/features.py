@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from trainer.config import ConfigError, TrainConfig
+from trainer.config import ConfigError
 from trainer.data.dataset import ImageDataset, Split
 from trainer.device import DevicePlan
 from trainer.evaluate import classify
@@ -22,17 +22,6 @@ class FeatureSplit(Split):
 
     def __post_init__(self) -> None:
         """They are no pictures, and made here."""
-
-
-def trains_on_features(config: TrainConfig) -> bool:
-    """Whether each epoch would show the same pictures to the same frozen network."""
-    changes = (
-        config.flip, config.translate, config.rotation, config.cutout, config.erasing,
-        config.policy != "none", config.mixup, config.cutmix,
-    )  # fmt: skip
-    # other people's networks may drop out where we don't see it
-    known = ":" not in config.backbone or config.dropout == 0
-    return config.trainable == "head" and known and not any(changes)
 
 
 def as_features(

@@ -12,9 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.backbones import build
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, trains_on_features
 from trainer.device import has_fast_bf16
-from trainer.features import on_features, trains_on_features
+from trainer.features import on_features
 from trainer.foreign import Shape
 from trainer.heads import head_name
 from trainer.seeds import own_randomness

@@ -12,12 +12,19 @@ from torch import Tensor, nn
 
 from trainer.augment import augment
 from trainer.backbones import as_fed, find_backbone
-from trainer.balance import balanced_order, loss_weights
-from trainer.config import DataError, Objective, TrainConfig, TrainingDiverged
+from trainer.balance import balanced_order, loss_weights, with_smote
+from trainer.config import (
+    DataError,
+    Objective,
+    TrainConfig,
+    TrainingDiverged,
+    check_balance,
+    trains_on_features,
+)
 from trainer.data.dataset import ImageDataset, Split
 from trainer.device import DevicePlan
 from trainer.evaluate import Evaluation, Normaliser, early_part, evaluate, no_pulse
-from trainer.features import as_features, on_features, trains_on_features
+from trainer.features import as_features, on_features
 from trainer.heads import freeze
 from trainer.loss import summed_loss
 from trainer.memory import memory_errors
@@ -96,6 +103,7 @@ def train(
     at. torch's own random state is the caller's between reports. Raises TrainingDiverged,
     OutOfMemory, CheckpointError, ConfigError.
     """
+    check_balance(config)
     data = as_fed(config, data)
     batches = batch_bounds(len(data.train), config.batch_size)
     num_steps, last_step = config.epochs * len(batches), config.epochs * STEPS_AN_EPOCH
@@ -112,6 +120,8 @@ def train(
         view = _whole
         if trains_on_features(config) and not state.finished:
             data, view = as_features(state.model, data, plan, pulse), on_features
+            if config.balance == "smote":
+                data = with_smote(data, seed=config.seed)
         model = view(state.model)
         normalise = Normaliser(data.mean, data.std, plan.device)
         train_split, val_split = to_device(data.train, plan), to_device(data.val, plan)
@@ -257,7 +267,10 @@ def _whole(model: nn.Module) -> nn.Module:
 
 
 def order_of(config: TrainConfig, epoch: int, labels: Tensor) -> Tensor:
-    """Which images this epoch takes, and in which order: int64 (N,). labels: (N,), on the CPU."""
+    """Which images this epoch takes, and in which order: int64 (M,). labels: (N,), on the CPU.
+
+    An epoch's batches take the first of them, which SMOTE makes fewer than all.
+    """
     if config.balance == "sampling":
         return balanced_order(config.seed, epoch, labels)
     return epoch_order(config.seed, epoch, len(labels))

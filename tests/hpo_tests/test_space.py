@@ -90,3 +90,22 @@ def test_the_default_space_always_searches_the_three_that_matter(
     assert {"lr", "batch_size", "backbone"} <= set(space.searched)
     assert space.fields["epochs"] >= 5
     assert SearchSpace.from_json(space.to_json()) == space
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"balance": ("none", "smote")},
+        {"balance": "smote", "trainable": ("head", "all")},
+        {"balance": "smote", "trainable": "head", "cutout": Range(low=0, high=4)},
+    ],
+)
+def test_smote_beside_what_leaves_it_no_features_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="balance smote needs features"):
+        SearchSpace(fields=fields).check_together()
+
+
+def test_smote_beside_a_head_alone_is_taken() -> None:
+    fields = {"balance": ("loss", "smote"), "trainable": "head", "flip": False}
+    SearchSpace(fields=fields).check_together()
+    SearchSpace(fields={"flip": True, "balance": "loss"}).check_together()

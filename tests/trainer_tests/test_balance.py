@@ -1,11 +1,15 @@
 import dataclasses
+import sys
+from typing import Any
 
+import pytest
 import torch
 
-from trainer.balance import balanced_order, class_weights
-from trainer.config import TrainConfig
+from trainer.balance import balanced_order, class_weights, with_smote
+from trainer.config import ConfigError, TrainConfig
 from trainer.data.dataset import ImageDataset, Split
 from trainer.device import DevicePlan
+from trainer.features import FeatureSplit
 from trainer.loop import order_of, train
 
 CROOKED = torch.tensor([0, 0, 0, 0, 3] * 100).where(torch.arange(500) % 61 != 7, 1)
@@ -84,3 +88,63 @@ def test_both_ways_find_the_rare_class_where_a_plain_loss_does_not() -> None:
         found[balance] = last.val_balanced_accuracy
     assert found["loss"] > found["none"] + 0.1
     assert found["sampling"] > found["none"] + 0.1
+
+
+def features_of(labels: list[int]) -> ImageDataset:
+    source = torch.Generator().manual_seed(0)
+    made = torch.randn(len(labels), 6, 1, 1, generator=source)
+    few = FeatureSplit(made, torch.tensor(labels))
+    return ImageDataset(
+        name="features", train=few, val=FeatureSplit(made[:0], few.labels[:0]), flips=False,
+        class_names=("a", "b", "c", "d"), mean=(0.0,) * 6, std=(1 / 255,) * 6,
+        fingerprint=64 * "0", open_test=lambda: few,
+    )  # fmt: skip
+
+
+def test_smote_fills_small_classes_with_points_between_their_own() -> None:
+    data = features_of([0] * 30 + [1] * 4 + [3] * 9)
+    train_split = with_smote(data, seed=1).train
+    assert train_split.labels.bincount().tolist() == [30, 30, 0, 30]
+    assert torch.equal(train_split.images[:43], data.train.images)
+    own = data.train.images[30:34].flatten(1)
+    between = [
+        (own[i] + share * (own[j] - own[i]))
+        for i in range(4) for j in range(4) for share in torch.linspace(0, 1, 401)
+    ]  # fmt: skip
+    made = train_split.images[43:][train_split.labels[43:] == 1].flatten(1)
+    assert len(made) == 26
+    assert float(torch.cdist(made, torch.stack(between)).min(dim=1).values.max()) < 0.02
+
+
+def test_smote_is_the_same_for_the_same_seed_and_copies_an_image_that_is_alone() -> None:
+    data = features_of([0] * 5 + [1])
+    once, again = with_smote(data, seed=1).train, with_smote(data, seed=1).train
+    assert torch.equal(once.images, again.images)
+    copies = once.images[once.labels == 1]
+    assert len(copies) == 5
+    assert torch.allclose(copies, data.train.images[5].expand_as(copies))
+
+
+def test_an_epoch_with_smote_has_as_many_batches_as_one_without() -> None:
+    data = crooked_noise()
+    few = dataclasses.replace(data, val=data.val.take(range(20)))
+    config = TrainConfig(
+        backbone="smallcnn", trainable="head", balance="smote", batch_size=20, epochs=1
+    )
+    (*_, last) = train(config, few, DevicePlan(device="cpu"))
+    assert last.images_seen == len(few.train)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"trainable": "last1"}, {"trainable": "head", "flip": True}]
+)
+def test_smote_without_features_that_stay_is_refused(fields: dict[str, Any]) -> None:
+    config = TrainConfig.from_dict({"balance": "smote", **fields})
+    with pytest.raises(ConfigError, match="balance smote needs features that stay the same"):
+        next(train(config, crooked_noise(), DevicePlan(device="cpu")))
+
+
+def test_without_imbalanced_learn_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imblearn.over_sampling", None)
+    with pytest.raises(ConfigError, match=r"pip install 'hpo-vision\[smote\]'"):
+        with_smote(features_of([0, 0, 1, 1]), seed=0)

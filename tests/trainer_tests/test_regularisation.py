@@ -48,6 +48,7 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"policy": "randaugment"}, {"policy": "randaugment", "policy_magnitude": 25}),
     ({}, {"balance": "loss"}),
     ({}, {"balance": "sampling"}),
+    ({"trainable": "head"}, {"trainable": "head", "balance": "smote"}),
 ]
 
 
@@ -69,7 +70,7 @@ def test_the_field_changes_one_step_of_training(
         ({"policy": "autoaugment"}, "unknown policy 'autoaugment', did you mean randaugment"),
         ({"policy_magnitude": 31}, r"policy_magnitude must be in \[0, 30\], got 31"),
         ({"policy_magnitude": 2.5}, "policy_magnitude must be a whole number"),
-        ({"balance": "smote"}, r"unknown balance 'smote' \(known: loss, none, sampling\)"),
+        ({"balance": "adasyn"}, r"unknown balance 'adasyn' \(known: loss, none, sampling, smote\)"),
     ],
 )
 def test_what_is_out_of_range_is_refused_in_one_line(fields: dict[str, Any], says: str) -> None:
