@@ -1,9 +1,9 @@
 """Fine-tuning beside training from scratch on few images; a start learnt without labels.
 
-    python -m benchmarks.transfer labelled      pretrained on Fashion-MNIST, tuned on digits
-    python -m benchmarks.transfer unlabelled    SimCLR and MoCo, then 1 % of the labels
+    python -m benchmarks.transfer labelled [BACKBONE]    pretrained on Fashion-MNIST, tuned on digits
+    python -m benchmarks.transfer unlabelled             SimCLR and MoCo, then 1 % of the labels
 
-Each writes its part of benchmarks/transfer.json. Fashion-MNIST is halved to 14x14 pixels, so that
+Each writes its part of benchmarks/transfer.json, backbone by backbone. Fashion-MNIST is halved to 14x14 pixels, so that
 it takes minutes of a core. Every arm has the same choice of learning rates; which one it is shown
 with, validation images say, in the mean of all seeds. The test images are looked at after that.
 """
@@ -39,11 +39,12 @@ SEEDS = {"resnet8": 5, "resnet20": 5, "resnet18": 3}
 PRETRAINING = {"resnet8": (54_000, 5), "resnet20": (54_000, 3), "resnet18": (10_000, 3)}
 """Images, epochs."""
 FEW = (5, 20, 100)
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "from scratch": {},
     "frozen": {"trainable": "head"},
     "last stage": {"trainable": "last1"},
+    "whole": {"backbone_lr": 1.0},
     "whole, backbone_lr 0.1": {"backbone_lr": 0.1},
     "gradual": {"trainable": "gradual"},
 }
@@ -116,27 +117,26 @@ def small_fashion(num_images: int | None = None) -> ImageDataset:
     )  # fmt: skip
 
 
-def labelled() -> dict[str, Any]:
+def labelled(backbone: str) -> dict[str, Any]:
     """Pretrained here on Fashion-MNIST with its labels, tuned on few digits."""
-    found: dict[str, Any] = {}
     digits = load("digits", seed=0)
+    num_images, epochs = PRETRAINING[backbone]
     with tempfile.TemporaryDirectory() as folder:
-        for backbone, (num_images, epochs) in PRETRAINING.items():
-            source = small_fashion(num_images)
-            config = TrainConfig(backbone=backbone, epochs=epochs, lr=1e-2)
-            (*_, last) = train(config, source, PLAN)
-            print(f"{backbone}: {last.val_accuracy:.4f} on Fashion-MNIST", flush=True)
-            weights = save(last.state.model, source, Path(folder, backbone))
-            found[backbone] = {"pretrained to": last.val_accuracy, "images a class": {}}
-            arms = {
-                name: {**fields, **({"weights": str(weights)} if fields else {})}
-                for name, fields in ARMS.items()
-            }
-            for number in FEW:
-                print(f"{backbone}, {number} images a class", flush=True)
-                sets = [few_of_each(digits, number, seed) for seed in range(SEEDS[backbone])]
-                passes = max(10, min(40, 6_000 // (10 * number)))
-                found[backbone]["images a class"][number] = compare(arms, sets, passes, backbone)
+        source = small_fashion(num_images)
+        config = TrainConfig(backbone=backbone, epochs=epochs, lr=1e-2)
+        (*_, last) = train(config, source, PLAN)
+        print(f"{backbone}: {last.val_accuracy:.4f} on Fashion-MNIST", flush=True)
+        weights = save(last.state.model, source, Path(folder, backbone))
+        found: dict[str, Any] = {"pretrained to": last.val_accuracy, "images a class": {}}
+        arms = {
+            name: {**fields, **({"weights": str(weights)} if fields else {})}
+            for name, fields in ARMS.items()
+        }
+        for number in FEW:
+            print(f"{backbone}, {number} images a class", flush=True)
+            sets = [few_of_each(digits, number, seed) for seed in range(SEEDS[backbone])]
+            passes = max(10, min(40, 6_000 // (10 * number)))
+            found["images a class"][number] = compare(arms, sets, passes, backbone)
     return found
 
 
@@ -162,12 +162,20 @@ def unlabelled() -> dict[str, Any]:
 
 def main() -> None:
     """One part, kept beside the other."""
-    parts = {"labelled": labelled, "unlabelled": unlabelled}
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transfer")
-    parser.add_argument("part", choices=sorted(parts))
-    part = parser.parse_args().part
+    parser.add_argument("part", choices=("labelled", "unlabelled"))
+    parser.add_argument("backbones", nargs="*", default=list(PRETRAINING))
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    found = parts[part]()
+    if options.part == "unlabelled":
+        keep("unlabelled", unlabelled())
+        return
+    for backbone in options.backbones:
+        keep(f"labelled {backbone}", labelled(backbone))
+
+
+def keep(part: str, found: Mapping[str, Any]) -> None:
+    """Beside what is there."""
     kept = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     kept[part] = {"machine": machine(), **found}
     RESULT.write_text(json.dumps(kept, indent=1) + "\n")
