@@ -1,11 +1,12 @@
 """Fine-tuning beside training from scratch on few images; a start learnt without labels.
 
-    python -m benchmarks.transfer labelled [BACKBONE]    pretrained on Fashion-MNIST, tuned on digits
-    python -m benchmarks.transfer unlabelled             SimCLR and MoCo, then 1 % of the labels
+    python -m benchmarks.transfer labelled [BACKBONE]   learnt on Fashion-MNIST, tuned on digits
+    python -m benchmarks.transfer unlabelled            SimCLR and MoCo, then 1 % of the labels
 
-Each writes its part of benchmarks/transfer.json, backbone by backbone. Fashion-MNIST is halved to 14x14 pixels, so that
-it takes minutes of a core. Every arm has the same choice of learning rates; which one it is shown
-with, validation images say, in the mean of all seeds. The test images are looked at after that.
+Each writes its part of benchmarks/transfer.json, backbone by backbone. Fashion-MNIST is halved to
+14x14 pixels, so that it takes minutes of a core. Every arm has the same choice of learning rates;
+which one it is shown with, validation images say, in the mean of all seeds. The test images are
+looked at after that.
 """
 
 import argparse
