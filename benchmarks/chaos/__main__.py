@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import signal
 import tempfile
 from collections.abc import Iterator
 from datetime import date
@@ -21,6 +22,8 @@ HEADER = (
 
 def main() -> int:
     """0 if nothing was found."""
+    # a shell's background job ignores Ctrl-C, and so would all that is started here
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     options = parse()
     rows = options.rows.split(",") if options.rows else SHORT if options.short else list(ROWS)
     form = "short" if options.short else "long"
