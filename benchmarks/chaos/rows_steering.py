@@ -18,9 +18,10 @@ TRAINING = FaultPlan(folder="", leg_seconds=0.3)
 
 def steered(arena: Arena, _long: bool) -> Iterator[Finding]:
     """Row 22."""
-    for steer in (_stopped, _deleted, _edited):
+    # the one that is deleted must not end before
+    for steer, trials in ((_stopped, 10), (_deleted, 100), (_edited, 10)):
         with arena.stage(TRAINING) as stage:
-            launcher = stage.launch(trials=10, workers=2, epochs=5)
+            launcher = stage.launch(trials=trials, workers=2, epochs=5)
             wait_for("both workers train", lambda: len(stage.witness("leg")) > 3, seconds=240)
             yield steer(stage, launcher)
 
@@ -46,8 +47,8 @@ def _stopped(stage: Stage, launcher: Command) -> Finding:
 def _deleted(stage: Stage, launcher: Command) -> Finding:
     finding = Finding(row="22", done="the study is deleted by Optuna's own API while it runs")
     storage = _optuna(stage)
-    started = time.monotonic()
     optuna.delete_study(study_name=STUDY, storage=storage)
+    started = time.monotonic()
     storage.engine.dispose()
     wait_for("its workers leave", lambda: not _training(stage), seconds=30)
     finding.seconds = time.monotonic() - started
