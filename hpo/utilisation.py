@@ -33,8 +33,8 @@ def peak_of(device: str) -> float:
 def mfu(study: StudySnapshot) -> float | None:
     """Operations of all steps that were trained, by what the devices could have done meanwhile.
 
-    None before the first report. Evaluation, and what was trained again after a kill, count as
-    idle; so does the time between two launches.
+    None before the first report, and where operations can't be counted. Evaluation, and what was
+    trained again after a kill, count as idle; so does the time between two launches.
     """
     done, peaks = 0.0, dict[tuple[str, str], float]()
     for trial in study.trials:
@@ -44,7 +44,7 @@ def mfu(study: StudySnapshot) -> float | None:
             device = work["host"], work["device"]
             peaks[device] = max(work["peak_flops"], peaks.get(device, 0.0))
     possible = study.seconds * sum(peaks.values())
-    return done / possible if possible else None
+    return done / possible if done and possible else None
 
 
 def seconds_spent(trials: Sequence[TrialSnapshot]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ counts.
 """
 
 import functools
+import logging
 import time
 
 import torch
@@ -19,6 +20,7 @@ from trainer.foreign import Shape
 from trainer.heads import head_name
 from trainer.seeds import own_randomness
 
+logger = logging.getLogger(__name__)
 _SIDE = {"cpu": 512, "mps": 2048, "cuda": 8192}
 """Rows of the square matrices that are multiplied; larger ones are no faster on a core."""
 _ROUNDS = 16
@@ -29,7 +31,7 @@ def training_flops(config: TrainConfig, *, input_size: Shape, num_classes: int) 
 
     torch's counter is wrong on the backward pass of depthwise convolutions, so that isn't counted
     itself. Of head-only training on features, those of the head. A frozen part counts as if it
-    were trained. 0 where the operations are none that torch's counter knows.
+    were trained. 0 where torch's counter doesn't know the operations, or fails.
     """
     return 3 * _forward_flops(
         config.backbone,
@@ -52,8 +54,13 @@ def _forward_flops(
             head = model.get_submodule(head_name(model))
             num_features = next(head.parameters()).shape[1]
             model, image = on_features(model).eval(), torch.zeros(1, num_features, 1, 1)
-        with FlopCounterMode(display=False) as counter:
-            model(image)
+        try:
+            with FlopCounterMode(display=False) as counter:
+                model(image)
+        except Exception as error:  # other people's networks do what they like
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            logger.warning("the operations of %s can't be counted: %s", backbone, reason)
+            return 0
     return int(counter.get_total_flops())
 
 

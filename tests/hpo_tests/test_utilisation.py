@@ -37,6 +37,7 @@ def test_before_a_report_and_of_older_studies_there_is_no_mfu() -> None:
     assert mfu(lasting(0.0)) is None
     assert mfu(lasting(5.0, with_work(0, ()))) is None
     assert mfu(lasting(5.0, trial(0))) is None
+    assert mfu(lasting(5.0, with_work(0, (4,), flops_per_epoch=0.0))) is None
 
 
 def test_seconds_are_summed_for_each_worker() -> None:

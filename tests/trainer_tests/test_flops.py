@@ -58,3 +58,15 @@ def test_no_training_is_faster_than_the_peak() -> None:
     flops = training_flops(config, input_size=data.input_size, num_classes=10)
     assert 0 < speed * flops < peak
     assert torch.get_num_threads() == DevicePlan(device="cpu").num_threads
+
+
+def test_a_network_that_can_not_be_counted_is_said_and_trained_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(**_: object) -> None:
+        raise RuntimeError("no dispatch mode\nhere")
+
+    monkeypatch.setattr("trainer.flops.FlopCounterMode", refuses)
+    config = TrainConfig(backbone="smallcnn", head_hidden=17)  # counted by no test before
+    assert training_flops(config, input_size=(1, 8, 8), num_classes=7) == 0
+    assert "smallcnn can't be counted: RuntimeError: no dispatch mode here" in caplog.text
