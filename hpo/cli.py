@@ -169,9 +169,9 @@ def launch(
             settings=tuple(settings or ()),
         ),
     )
-    if not detach:
-        warm_up()  # first of all: it imports torch while this process does, on another core
     database = _open(storage)
+    if not detach:
+        warm_up()
     with reading_bar(sys.stderr) as progress:
         record = launching.prepare_study(database, options, progress)
     watch = _watch(database, record, options, storage=storage, command=launch_command(record.name))
