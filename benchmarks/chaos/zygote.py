@@ -115,9 +115,11 @@ class Zygote:
 
 def main() -> None:
     """Serve until stdin is closed."""
-    for name in ("hpo.cli", "hpo.worker"):
-        importlib.import_module(name)
+    from hpo.executors.local import PRELOADED
     from trainer.data.registry import load
+
+    for name in PRELOADED:
+        importlib.import_module(name)
 
     load("digits", seed=0)
     buffer = b""

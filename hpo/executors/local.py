@@ -23,7 +23,7 @@ from hpo.errors import UsageError
 from hpo.logs import open_log
 from storage.home import home
 
-_PRELOADED = [
+PRELOADED = [
     "hpo.worker",
     "hpo.cli",
     # what a worker would import by itself, each one anew; torch's optimizers bring _dynamo
@@ -124,7 +124,7 @@ class LocalExecutor:
 
 def warm_up() -> None:
     """Start the server that workers are forked from, unless it runs: it loads torch meanwhile."""
-    multiprocessing.set_forkserver_preload(_PRELOADED)
+    multiprocessing.set_forkserver_preload(PRELOADED)
     # a closed terminal is the launcher's business, which tells the workers
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

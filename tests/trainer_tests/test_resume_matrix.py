@@ -92,7 +92,7 @@ REGULARISED: list[dict[str, Any]] = [
     {"policy": "randaugment", "policy_magnitude": 15},
     {"balance": "loss"},
     {"balance": "sampling"},
-    {"balance": "smote", "trainable": "head"},
+    {"balance": "smote", "trainable": "head", "flip": False},
 ]
 
 
