@@ -39,12 +39,14 @@ class Watch:
     command: str
     """What a user types to go on after an interruption."""
     _workers: list[LocalWorker] = field(default_factory=list)
+    _used_up: bool = False
+    """A worker has left since the budget is; the others would see it at their next claim."""
     _received: signal.Signals | None = None
     _deaths_in_a_row: int = 0
     _unseen_since: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> StudySnapshot:
-        """The study when its workers have left, each with nothing more to do.
+        """The study when there is nothing more to do for its workers, and they have left.
 
         Raises Interrupted after a signal, StudyFailsError, WorkersDie, DatabaseUnreachable,
         StudyDeleted.
@@ -58,7 +60,7 @@ class Watch:
                     self.executor.start(index) for index in range(self.executor.num_workers)
                 ]
             with self.view:
-                while self._workers and self._received is None:
+                while self._workers and self._received is None and not self._used_up:
                     self._look()
                     self.executor.wait(self._workers, _POLL_SECONDS)
             if self._received is not None:
@@ -74,6 +76,7 @@ class Watch:
                 signal.signal(number, handler)
 
     def _look(self) -> None:
+        one_is_done = False
         for worker in list(self._workers):
             code = worker.exit_code
             if code is None:
@@ -83,7 +86,9 @@ class Watch:
                 raise StudyFailsError(self._why_it_fails())
             if code != ExitCode.DONE:
                 self._replace(worker, code)
+            one_is_done |= code == ExitCode.DONE
         study = snapshot(self.database, self.record.study_id)
+        self._used_up = one_is_done and study.num_finished >= study.budget
         self._end_hanging(study)
         self.view.show(study)
 

@@ -8,9 +8,11 @@ counts.
 import functools
 import logging
 import time
+from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from trainer.backbones import build
 from trainer.config import TrainConfig, trains_on_features
@@ -55,13 +57,36 @@ def _forward_flops(
             num_features = next(head.parameters()).shape[1]
             model, image = on_features(model).eval(), torch.zeros(1, num_features, 1, 1)
         try:
-            with FlopCounterMode(display=False) as counter:
+            with _Counter() as counter:
                 model(image)
         except Exception as error:  # other people's networks do what they like
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             logger.warning("the operations of %s can't be counted: %s", backbone, reason)
             return 0
-    return int(counter.get_total_flops())
+    total: int = counter.total
+    return total
+
+
+class _Counting:
+    """Adds up what torch's formulas say of the operations that it knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **kwargs, out_val=result))
+        return result
+
+
+class _Counter(_Counting, TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """torch.utils.flop_counter's own mode imports torch's compiler, two seconds of a start: what
+    stands in the body of a TorchDispatchMode is wrapped to do so, what it inherits is not.
+    """
 
 
 def peak_flops(device: str) -> float:

@@ -1,7 +1,8 @@
 """Optimizers and learning rates, as pure functions of a TrainConfig."""
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -36,11 +37,23 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
         ]
     if config.optimizer == "sgd":
         nesterov = config.momentum > 0
-        return torch.optim.SGD(
+        return _uncompiled(torch.optim.SGD)(
             groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True
         )
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
+    return _uncompiled(kind)(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
+
+
+@functools.cache
+def _uncompiled(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """torch's optimizer without what tells torch's compiler to let it alone.
+
+    That imports the compiler, which takes two seconds of each start and is not used: its methods
+    are the same ones, from inside of their wrappers.
+    """
+    names = ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad")
+    inner = {name: getattr(kind, name).__wrapped__ for name in names}
+    return type(kind.__name__, (kind,), {**inner, "step": torch.no_grad()(inner["step"])})
 
 
 def _groups(config: TrainConfig, params: list[nn.Parameter]) -> list[dict[str, Any]]:

@@ -26,8 +26,7 @@ from storage.home import home
 PRELOADED = [
     "hpo.worker",
     "hpo.cli",
-    # what a worker would import by itself, each one anew; torch's optimizers bring _dynamo
-    "torch._dynamo",
+    # what a worker would import by itself, each one anew
     "alembic.command",
     "sqlalchemy.dialects.postgresql.psycopg2",
     "trainer.data.registry",

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from optuna.trial import TrialState
 
 from hpo.errors import ExitCode, WorkersDie
 from hpo.executors.local import LocalWorker
 from hpo.progress import ProgressView
 from hpo.watch import Watch
 from storage.database import Database
+from storage.leases import Lease, claim
+from storage.studies import OpenStudy, StudyRecord
 from tests.parts import make_study
 
 
@@ -31,7 +34,7 @@ class Ending:
     def start(self, index: int) -> LocalWorker:
         self.num_started += 1
         code = next(self._codes)
-        process = multiprocessing.get_context("spawn").Process(target=os._exit, args=(code,))
+        process = multiprocessing.get_context("forkserver").Process(target=os._exit, args=(code,))
         process.start()
         return LocalWorker(
             id=f"w-{self.num_started}",
@@ -49,15 +52,63 @@ class Ending:
         """Nobody is left."""
 
 
-def watched(database: Database, executor: Ending) -> Watch:
+def watched(database: Database, executor: Ending, record: StudyRecord | None = None) -> Watch:
     return Watch(
         database=database,
-        record=make_study(database),
+        record=record or make_study(database),
         executor=cast(Any, executor),
         view=ProgressView("study", num_epochs=1, stream=io.StringIO()),
         lease_seconds=30,
         command="hpo launch",
     )
+
+
+class OneWaits(Ending):
+    """The first worker ends the study's last trial, the second one would wait for minutes."""
+
+    num_workers = 2
+
+    def __init__(self, database: Database, record: StudyRecord, log: Path) -> None:
+        super().__init__(iter([int(ExitCode.DONE)]), log)
+        self._database, self._study = database, OpenStudy(database, record)
+        self.told: list[str] = []
+
+    def start(self, index: int) -> LocalWorker:
+        if index == 0:
+            study_id = self._study.record.study_id
+            lease = claim(self._database, study_id, "w-1", lease_seconds=30)
+            assert isinstance(lease, Lease)
+            self._study.bind(lease)
+            self._study.end(lease, TrialState.COMPLETE, value=0.5, reason="whole")
+            return super().start(index)
+        self.num_started += 1
+        process = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(300,))
+        process.start()
+        return LocalWorker(
+            id="w-2",
+            index=index,
+            device="cpu",
+            log=self._log,
+            process=cast(Any, process),
+            started_at=time.monotonic(),
+        )
+
+    def signal(self, *given: Any) -> None:
+        workers, number = given
+        for worker in workers:
+            self.told.append(worker.id)
+            os.kill(worker.process.pid, number)
+
+
+def test_when_one_worker_finds_the_budget_used_up_the_others_are_told(
+    database: Database, tmp_path: Path
+) -> None:
+    record = make_study(database, budget=1)
+    executor = OneWaits(database, record, tmp_path / "log")
+    ended = watched(database, executor, record).run()
+    assert ended.num_finished == 1
+    assert executor.told == ["w-2"]
+    assert executor.num_started == 2
 
 
 def test_workers_that_end_before_they_work_end_the_launch_with_their_last_words(

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.backbones import build
 from trainer.config import TrainConfig
@@ -36,6 +37,16 @@ def test_a_training_image_is_three_forward_passes(backbone: str) -> None:
     assert found == 3 * counted_by_hand(config, size)
 
 
+@pytest.mark.parametrize("backbone", ["resnet8", "efficientnet_b0", "convnext_tiny"])
+def test_operations_are_counted_as_torch_counts_them(backbone: str) -> None:
+    config, size = TrainConfig(backbone=backbone), (3, 32, 32)
+    model = build(config, input_size=size, num_classes=10).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *size))
+    found = training_flops(config, input_size=size, num_classes=10)
+    assert found == 3 * counter.get_total_flops() > 0
+
+
 def test_of_head_only_training_the_head_counts() -> None:
     config = TrainConfig(backbone="resnet8", trainable="head", head_hidden=32)
     model = build(config, input_size=(1, 8, 8), num_classes=5)
@@ -63,10 +74,10 @@ def test_no_training_is_faster_than_the_peak() -> None:
 def test_a_network_that_can_not_be_counted_is_said_and_trained_all_the_same(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuses(**_: object) -> None:
+    def refuses(*_: object) -> None:
         raise RuntimeError("no dispatch mode\nhere")
 
-    monkeypatch.setattr("trainer.flops.FlopCounterMode", refuses)
+    monkeypatch.setattr("trainer.flops._Counter", refuses)
     config = TrainConfig(backbone="smallcnn", head_hidden=17)  # counted by no test before
     assert training_flops(config, input_size=(1, 8, 8), num_classes=7) == 0
     assert "smallcnn can't be counted: RuntimeError: no dispatch mode here" in caplog.text

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,7 +29,7 @@ def config(**fields: Any) -> TrainConfig:
 def test_weights_are_decayed_but_norms_and_biases_are_not(name: str, kind: type) -> None:
     model = network()
     optimizer = make_optimizer(config(optimizer=name, weight_decay=0.1), model)
-    assert type(optimizer) is kind
+    assert isinstance(optimizer, kind)
     decayed, plain = optimizer.param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert [p.ndim for p in decayed["params"]] == [4, 2]
@@ -58,6 +61,67 @@ def test_the_fused_kernels_compute_what_the_plain_ones_do(name: str) -> None:
             optimizer.step()
         results.append(nn.utils.parameters_to_vector(model.parameters()))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("sgd", partial(torch.optim.SGD, momentum=0.9, nesterov=True)),
+        ("adam", partial(torch.optim.Adam, betas=(0.9, 0.999))),
+        ("adamw", partial(torch.optim.AdamW, betas=(0.9, 0.999))),
+    ],
+)
+def test_steps_and_saved_states_are_those_of_torch_to_the_last_bit(name: str, plain: Any) -> None:
+    chosen = config(optimizer=name, lr=0.1, weight_decay=0.01)
+    mine, theirs = network(), network()
+    own = make_optimizer(chosen, mine)
+    groups = make_optimizer(chosen, theirs).param_groups
+    whole = plain(
+        [{key: group[key] for key in ("params", "weight_decay")} for group in groups],
+        lr=0.1,
+        fused=True,
+    )
+    for step in range(4):
+        if step == 2:  # as if resumed
+            content = own.state_dict()
+            own = make_optimizer(chosen, mine)
+            own.load_state_dict(content)
+        for model, optimizer in ((mine, own), (theirs, whole)):
+            optimizer.zero_grad()
+            images = torch.linspace(-1, 1, 4 * 64).view(4, 1, 8, 8) + step
+            model(images).square().mean().backward()
+            optimizer.step()
+    for parameter, other in zip(mine.parameters(), theirs.parameters(), strict=True):
+        assert parameter.equal(other)
+        assert parameter.requires_grad
+    saved, other_saved = own.state_dict()["state"], whole.state_dict()["state"]
+    assert saved.keys() == other_saved.keys()
+    for index, tensors in saved.items():
+        assert all(tensor.equal(other_saved[index][key]) for key, tensor in tensors.items())
+
+
+def test_a_training_starts_without_importing_the_compiler() -> None:
+    program = """
+import sys
+from trainer.config import TrainConfig
+from trainer.data.digits import load
+from trainer.device import choose_plan
+from trainer.flops import training_flops
+from trainer.loop import train
+data = load(seed=0)
+about = {"input_size": data.input_size, "num_classes": data.num_classes}
+for optimizer in ("sgd", "adam", "adamw"):
+    config = TrainConfig(backbone="smallcnn", epochs=1, optimizer=optimizer, average="ema")
+    plan = choose_plan(config, device="cpu", **about)
+    training_flops(config, **about)
+    for report in train(config, data, plan):
+        report.state.to_bytes()
+print([name for name in ("torch._dynamo", "torchvision", "sympy") if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
 
 
 def test_frozen_parameters_are_left_out() -> None:
