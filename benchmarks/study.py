@@ -1,7 +1,7 @@
 """The same study by the scripts people write today, by Ray Tune, and by this project.
 
     python -m benchmarks.study equal  [--rounds 5] [--arms hpo,ray]    the same work
-    python -m benchmarks.study pruned [--rounds 1]                     each with its own pruning
+    python -m benchmarks.study pruned [--rounds 1] [--limit 600]       each with its own pruning
 
 Both write benchmarks/study.json arm by arm, and go on where they were cut. The arms take turns on
 the same machine. Fashion-MNIST, its first 10,000 training images (9,000 to train on, 1,000 to
@@ -23,6 +23,7 @@ import math
 import os
 import random
 import re
+import signal
 import statistics
 import struct
 import subprocess
@@ -32,7 +33,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psycopg2
 
@@ -117,8 +118,11 @@ def command_of(arm: str) -> Callable[[Row, Path], list[str]]:
     return ARMS[arm]
 
 
-def run(arm: str, kind: str, seed: int, num_images: int) -> Row:
-    """One arm's study, by the clock of whoever waits for its command."""
+def run(arm: str, kind: str, seed: int, num_images: int, limit: float | None = None) -> Row:
+    """One arm's study, by the clock of whoever waits for its command.
+
+    limit: seconds after which it is broken off; what it has reported until then counts.
+    """
     with tempfile.TemporaryDirectory(prefix="hpo-study", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         folder.chmod(0o711)
@@ -139,14 +143,31 @@ def run(arm: str, kind: str, seed: int, num_images: int) -> Row:
         watching = Watching(arm, folder)
         started = time.time()
         with (folder / "output").open("wb") as output:
-            done = subprocess.run(command, env=environment, stdout=output, stderr=output)
+            code = ended_with(command, environment, output, limit)
         seconds = time.time() - started
-        if done.returncode:
+        if code:
             raise SystemExit(f"{arm}: {(folder / 'output').read_text()[-2000:]}")
         lines = watching.ended(environment)
-        row = summary(lines, task, seconds, started)
+        row = summary(lines, task, seconds, started) | {"broken_off": code is None}
         time.sleep(3)  # the embedded server leaves before its folder does
         return row
+
+
+def ended_with(
+    command: list[str], environment: Mapping[str, str], output: IO[bytes], limit: float | None
+) -> int | None:
+    """The exit code; None if it took longer than the limit, and all of it was killed."""
+    with subprocess.Popen(
+        command, env=environment, stdout=output, stderr=output, start_new_session=True
+    ) as process:
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGTERM)
+            time.sleep(5)  # Ray's servers have sessions of their own, and leave by themselves
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            return None
 
 
 def summary(lines: list[Row], task: Row, seconds: float, started: float) -> Row:
@@ -178,7 +199,7 @@ def summary(lines: list[Row], task: Row, seconds: float, started: float) -> Row:
         "images_per_second": round(num_images / seconds, 1),
         "trials_per_hour": round(3600 * len(last) / seconds, 1),
         "mfu": flops / (seconds * NUM_CORES * peak_flops("cpu")),
-        "mean_value": statistics.fmean(whole),
+        "mean_value": statistics.fmean(whole) if whole else math.nan,
         "best": best,
         "curve": curve,
     }
@@ -247,6 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("kind", choices=sorted(KINDS))
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--arms", help=f"of {'; '.join(ARMS)}, with ; between", default=None)
+    parser.add_argument("--limit", type=float, help="seconds after which an arm is broken off")
     parser.add_argument("--full", action="store_true", help="all images; hours")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
@@ -264,7 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
         # whoever comes first has the coolest machine: each in turn
         for arm in [*arms[index % len(arms) :], *arms[: index % len(arms)]]:
             if arm not in rounds[index]:
-                rounds[index][arm] = run(arm, options.kind, index, size)
+                rounds[index][arm] = run(arm, options.kind, index, size, options.limit)
                 options.out.write_text(json.dumps(found, indent=1) + "\n")
                 shown = {key: value for key, value in rounds[index][arm].items() if key != "curve"}
                 print(f"round {index + 1}, {arm}: {json.dumps(shown)}", flush=True)

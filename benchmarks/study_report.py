@@ -62,15 +62,21 @@ def pruned(rounds: Rounds) -> str:
             for mine, each in zip(until, done, strict=True)
         ]
         rows.append([
-            arm, spread([each[arm]["seconds"] for each in done], 0), spread(until, 1),
+            arm, spread([each[arm]["seconds"] for each in done], 0),
+            ", ".join(trials_of(each[arm]) for each in done), spread(until, 1),
             spread(ratios, 2), spread([each[arm]["best"] for each in done], 4),
             spread([best_at(each[arm]["curve"], each["hpo"]["seconds"]) for each in done], 4),
             spread([100 * each[arm]["mfu"] for each in done], 1),
         ])  # fmt: skip
     goals = ", ".join(f"{target(each):.4f}" for each in rounds)
-    header = ["arm", "s for 50 trials", f"s until {goals}", "times hpo's", "best accuracy",
+    header = ["arm", "s", "trials", f"s until {goals}", "times hpo's", "best accuracy",
               "best when hpo is done", "study MFU %"]  # fmt: skip
     return table(header, rows)
+
+
+def trials_of(row: Mapping[str, Any]) -> str:
+    """How many it began, and whether it was given no more time."""
+    return f"{row['num_trials']}" + (", broken off" if row.get("broken_off") else "")
 
 
 def arms_of(rounds: Rounds) -> list[str]:

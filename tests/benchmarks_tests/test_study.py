@@ -1,13 +1,26 @@
 """That the comparison compares: the same work, counted alike, read alike."""
 
+import contextlib
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.peers.training import Witness
-from benchmarks.study import ARMS, BATCHES, KINDS, command_of, first_images, points, run, summary
+from benchmarks.study import (
+    ARMS,
+    BATCHES,
+    KINDS,
+    command_of,
+    ended_with,
+    first_images,
+    points,
+    run,
+    summary,
+)
 from benchmarks.study_report import best_at, report, seconds_until
 from trainer.data.fashion_mnist import _read
 from trainer.data.registry import load
@@ -58,7 +71,9 @@ def test_the_table_says_how_many_times_longer_an_arm_took_in_the_same_round() ->
     text = report({"equal": part})
     assert "| ray tune | 55.0 +- 35.4 | 3.50 +- 0.71 |" in text
     # both reach 0.8: hpo with its second report after half of its time
-    assert "| ray tune | 55 +- 35 | 27.5 +- 17.7 | 3.50 +- 0.71 |" in report({"pruned": part})
+    assert "| ray tune | 55 +- 35 | 12, 12 | 27.5 +- 17.7 | 3.50 +- 0.71 |" in report(
+        {"pruned": part}
+    )
 
 
 def test_a_curve_is_read_at_a_value_and_at_a_time() -> None:
@@ -88,3 +103,17 @@ def test_each_arm_that_is_installed_does_the_same_number_of_steps() -> None:
     assert len({row["optimizer_steps"] for row in found}) == 1
     assert {row["num_whole"] for row in found} == {12}
     assert all(len(row["curve"]) >= 1 and row["curve"][-1][0] <= row["seconds"] for row in found)
+
+
+def test_an_arm_that_takes_too_long_is_broken_off_with_all_of_its_processes(
+    tmp_path: Path,
+) -> None:
+    child = f"import time; time.sleep(300)  # of {tmp_path}"
+    waits = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    fails = [sys.executable, "-c", "raise SystemExit(3)"]
+    with (tmp_path / "output").open("wb") as output:
+        assert ended_with([sys.executable, "-c", waits], os.environ, output, 1) is None
+        assert ended_with(fails, os.environ, output, 60) == 3
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            assert child.encode() not in process.read_bytes()
