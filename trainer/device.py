@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.allocator import keep_freed_memory
 from trainer.backbones import build
 from trainer.config import ConfigError, TrainConfig, unknown_name
 from trainer.foreign import Shape
@@ -102,7 +103,8 @@ def available_devices() -> list[str]:
 
 
 def prepare(device: str, num_threads: int) -> None:
-    """Set this process up for training: threads, denormals as zeros, TF32, cuDNN's search.
+    """Set this process up for training: threads, denormals as zeros, TF32, cuDNN's search, and
+    freed memory that stays with the process.
 
     Denormal numbers are slow on CPUs; that flag belongs to the calling thread. Raises
     ConfigError if the device isn't there.
@@ -112,6 +114,7 @@ def prepare(device: str, num_threads: int) -> None:
         raise ConfigError(unknown_name("device", device, known))
     torch.set_num_threads(num_threads)
     torch.set_flush_denormal(True)
+    keep_freed_memory()
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.fp32_precision = "tf32"
