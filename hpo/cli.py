@@ -1,12 +1,14 @@
 """The command line: parse, call one function, print. Imports no torch."""
 
+import atexit
+import contextlib
 import json
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -599,5 +601,24 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(code)
 
 
+def run() -> NoReturn:
+    """main() as a process of its own, which then ends at once.
+
+    Taking torch apart is a second of work for Python, while a user waits for the prompt.
+    """
+    try:
+        main()
+        code = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            raise
+        code = end.code or 0
+    atexit._run_exitfuncs()
+    with contextlib.suppress(BrokenPipeError):  # of `hpo trials | head`
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    main()
+    run()

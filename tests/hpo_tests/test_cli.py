@@ -88,6 +88,34 @@ def test_help_loads_nothing_heavy_either() -> None:
     assert "--trials" in shown.stdout
 
 
+@pytest.mark.parametrize(("command", "code"), [(["--version"], 0), (["nonsense"], 2)])
+def test_a_process_ends_at_once_but_not_before_what_is_to_be_done_at_its_end(
+    command: list[str], code: int
+) -> None:
+    program = (
+        "import atexit, sys, hpo.cli\n"
+        "class Late:\n"
+        "    def __del__(self): print('taken apart')\n"
+        "late = Late()\n"
+        "atexit.register(print, 'at the end')\n"
+        f"sys.argv = ['hpo', *{command}]\n"
+        "hpo.cli.run()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stdout.endswith("at the end\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_left_is_no_fault() -> None:
+    command = [sys.executable, "-m", "hpo.cli", "space"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
 @pytest.mark.parametrize("trials", ["0", "-3", "many"])
 def test_a_budget_that_is_none_is_refused(tmp_path: Path, trials: str) -> None:
     done = run_without_database(tmp_path, "launch", "--trials", trials)
