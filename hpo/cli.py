@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hpo.arguments import Earlier, Pruner, Sampler, Settings, Tries
+from hpo.arguments import Earlier, Modules, Pruner, Sampler, Settings, Tries
 from hpo.errors import ExitCode, UsageError, exit_code
 
 app = typer.Typer(
@@ -58,7 +58,8 @@ def launch(
         typer.Option(
             metavar="NAME|PATH",
             help="digits, fashion-mnist, cifar10, another set of torchvision's, a folder of "
-            "pictures, FILE.csv or Label Studio's FILE.json.  [default: digits]",
+            "pictures, FILE.csv, Label Studio's FILE.json or lightning:PACKAGE:CLASS, a DataModule."
+            "  [default: digits]",
         ),
     ] = None,
     image_size: Annotated[
@@ -88,6 +89,7 @@ def launch(
     backbone: Annotated[
         str | None, typer.Option(metavar="A,B", help="Backbones to choose among.")
     ] = None,
+    module: Modules = None,
     weights: Annotated[
         Path | None,
         typer.Option(metavar="EXPORT|FILE", help="Start each trial from these weights."),
@@ -151,6 +153,7 @@ def launch(
         epochs=epochs,
         space=space,
         backbones=backbone,
+        modules=module,
         weights=weights,
         seed=seed,
         folds=folds,
@@ -407,6 +410,7 @@ def doctor(
     ] = None,
     space: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="As for launch.")] = None,
     backbone: Annotated[str | None, typer.Option(metavar="A,B", help="As for launch.")] = None,
+    module: Modules = None,
     folds: Annotated[int | None, typer.Option(metavar="K", help="As for launch.")] = None,
     settings: Settings = None,
     storage: Storage = None,
@@ -428,6 +432,7 @@ def doctor(
         devices=devices,
         space=space,
         backbones=backbone,
+        modules=module,
         folds=folds,
         search=SearchOptions(settings=tuple(settings or ())),
     )
