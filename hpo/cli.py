@@ -174,7 +174,7 @@ def launch(
     )
     database = _open(storage)
     if not detach:
-        warm_up()
+        warm_up(for_modules=module is not None)
     with reading_bar(sys.stderr) as progress:
         record = launching.prepare_study(database, options, progress)
     watch = _watch(database, record, options, storage=storage, command=launch_command(record.name))

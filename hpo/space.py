@@ -98,7 +98,7 @@ class SearchSpace:
 
     def choices(self, name: str) -> Sequence[Any]:
         """The values that a field which is no range can take."""
-        return _extremes(self.fields.get(name, _FIELDS[name].default))
+        return _extremes(self.fields[name] if name in self.fields else _FIELDS[name].default)
 
     def middle(self) -> dict[str, Any]:
         """Each field with a value from the middle of what it may be."""

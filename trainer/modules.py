@@ -1,11 +1,12 @@
 """A LightningModule of the user's own as the network: found, given its arguments, checked."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ _UNLESS_TAKEN: Mapping[str, Any] = {
 _OFFERED = frozenset(each.name for each in dataclasses.fields(TrainConfig)) - {
     "backbone", "module", *_NEVER,
 }  # fmt: skip
+_SAYS_NOTHING = "_jit_is_scripting"
+"""With it set, Lightning's property `trainer` gives None where there is none, instead of raising."""
 _CHOSEN_BY_DATA = frozenset({"epochs", "batch_size", "seed"})
 
 
@@ -232,6 +235,19 @@ def set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
     """Each module in the mode (training or not) that it had: a user's may be mixed."""
     for each, training in modes:
         each.training = training
+
+
+@contextlib.contextmanager
+def traceable(model: nn.Module) -> Iterator[None]:
+    """For torch.jit.trace, which asks a LightningModule for a Trainer that it doesn't have."""
+    asked = [each for each in model.modules() if hasattr(type(each), _SAYS_NOTHING)]
+    for each in asked:
+        setattr(each, _SAYS_NOTHING, True)
+    try:
+        yield
+    finally:
+        for each in asked:
+            delattr(each, _SAYS_NOTHING)
 
 
 def trainer_class(model: nn.Module) -> Any:
