@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import sys
 import time
 import traceback
 import warnings
@@ -297,7 +298,10 @@ def kept_modes(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without Lightning's advice on loaders, loggers and hardware; the user's warnings stay."""
-    with warnings.catch_warnings():
+    """Without Lightning's advice on loaders, loggers and hardware; the user's warnings stay.
+
+    What the user's code prints goes to stderr: stdout belongs to results.
+    """
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.filterwarnings("ignore", module=_CHATTER)
         yield

@@ -51,7 +51,7 @@ _OFFERED = frozenset(each.name for each in dataclasses.fields(TrainConfig)) - {
     "backbone", "module", *_NEVER,
 }  # fmt: skip
 _SAYS_NOTHING = "_jit_is_scripting"
-"""With it set, Lightning's property `trainer` gives None where there is none, instead of raising."""
+"""With it set, a module without a Trainer says that it has None, instead of raising."""
 _CHOSEN_BY_DATA = frozenset({"epochs", "batch_size", "seed"})
 
 

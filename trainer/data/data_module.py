@@ -1,6 +1,8 @@
 """A LightningDataModule of the user's own as a data set: its items, read once and kept as bytes."""
 
+import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,21 +35,23 @@ def load(source: str, *, seed: int, options: DataOptions, progress: Progress) ->
     """
     if options.image_size is not None:
         raise ConfigError(f"--image-size is for picture files: {source} is to Resize itself")
-    own = _Own(source)
-    own.call("prepare_data")
-    own.call("setup", "fit")
-    train_set = own.data_set("train_dataloader")
-    train = _read(source, "train", train_set, progress)
-    val = None
-    if own.has("val_dataloader"):
-        val = _read(source, "val", own.data_set("val_dataloader"), progress)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to results
+        own = _Own(source)
+        own.call("prepare_data")
+        own.call("setup", "fit")
+        train_set = own.data_set("train_dataloader")
+        train = _read(source, "train", train_set, progress)
+        val = None
+        if own.has("val_dataloader"):
+            val = _read(source, "val", own.data_set("val_dataloader"), progress)
     known = train if val is None else _joined(source, train, val)
     class_names = _class_names(source, train_set, known.labels)
     identity = fingerprint(known, class_names)
 
     def open_test() -> Split:
-        own.call("setup", "test")
-        return _read(source, "test", own.data_set("test_dataloader"), progress)
+        with contextlib.redirect_stdout(sys.stderr):
+            own.call("setup", "test")
+            return _read(source, "test", own.data_set("test_dataloader"), progress)
 
     if not own.has("test_dataloader"):
         rest, drawn = draw_test(train.labels, identity)

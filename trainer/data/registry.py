@@ -31,8 +31,8 @@ def load(
     """The data set of a source; the seed draws its validation split and nothing else.
 
     source: a key of SOURCES, lightning:package:Class, or the path of a folder, a table or an export
-    (it has a separator, or exists). Raises DataError, one line, if the source is unknown or its data can't be used;
-    ConfigError if an option is given that the source can't heed.
+    (it has a separator, or exists). Raises DataError, one line, if the source is unknown or its
+    data can't be used; ConfigError if an option is given that the source can't heed.
     """
     try:
         name = source_name(source)
