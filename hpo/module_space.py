@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hpo.space import SearchSpace
-from trainer.config import TrainConfig, is_module
+from trainer.config import ARGUMENT, TrainConfig, is_module
 
 if TYPE_CHECKING:
     from trainer.data.dataset import ImageDataset
@@ -24,7 +24,8 @@ def settled_for_modules(space: SearchSpace, fields: Mapping[str, Any]) -> Search
         return space
     space = space.without(idle_names(tuple(space.fields), backbones))
     defaults = own_defaults(backbones[0]) if len(backbones) == 1 else {}
-    return space.replace(**{n: v for n, v in defaults.items() if n not in space.searched})
+    decided = {*space.searched, *fields, *(f"{ARGUMENT}{name}" for name in fields)}
+    return space.replace(**{n: v for n, v in defaults.items() if n not in decided})
 
 
 def check_modules(space: SearchSpace, data: "ImageDataset") -> None:

@@ -23,7 +23,7 @@ from trainer.evaluate import Normaliser, early_part
 from trainer.foreign import one_line
 from trainer.handover import Handover
 from trainer.memory import is_out_of_memory
-from trainer.modules import set_modes, trainer_class
+from trainer.modules import kept_modes, trainer_class
 from trainer.seeds import reseed, seeded_generator
 from trainer.state import STEPS_AN_EPOCH, CheckpointError
 
@@ -284,16 +284,6 @@ def _place(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if _PACKAGES not in Path(frame.filename).parts]
     return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
-
-
-@contextlib.contextmanager
-def kept_modes(model: nn.Module) -> Iterator[nn.Module]:
-    """Each part of the model is afterwards in the mode (training or not) that it was in."""
-    modes = [(each, each.training) for each in model.modules()]
-    try:
-        yield model
-    finally:
-        set_modes(modes)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from trainer.config import Objective, OutOfMemory, TrainConfig
 from trainer.data.dataset import ImageDataset
 from trainer.device import DevicePlan, prepare
 from trainer.evaluate import Evaluation, early_part, evaluate
-from trainer.fitting import Fitting, Task, kept_modes
+from trainer.fitting import Fitting, Task
 from trainer.loop import (
     Leg,
     ProgressReport,
@@ -27,7 +27,7 @@ from trainer.loop import (
 )
 from trainer.memory import memory_errors
 from trainer.module_state import ModuleState
-from trainer.modules import check_module_fields
+from trainer.modules import check_module_fields, kept_modes
 from trainer.seeds import own_randomness
 from trainer.state import MODULE_KEYS, STEPS_AN_EPOCH, identity_of, read_checkpoint
 

@@ -213,16 +213,13 @@ def _given(config: TrainConfig, input_size: Shape, num_classes: int) -> dict[str
 
 
 def _check_logits(name: str, model: Any, input_size: Shape, num_classes: int) -> None:
-    modes = [(each, each.training) for each in model.modules()]
     try:
-        with torch.no_grad():
+        with kept_modes(model), torch.no_grad():
             logits = model.eval()(torch.zeros(2, *input_size))
     except Exception as error:  # whatever a network that we don't know leads to
         raise ConfigError(
             f"backbone {name} can't take {size_in_words(input_size)}: {one_line(error)}"
         ) from error
-    finally:
-        set_modes(modes)
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if shape != (2, num_classes):
         raise ConfigError(
@@ -231,10 +228,15 @@ def _check_logits(name: str, model: Any, input_size: Shape, num_classes: int) ->
         )
 
 
-def set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
-    """Each module in the mode (training or not) that it had: a user's may be mixed."""
-    for each, training in modes:
-        each.training = training
+@contextlib.contextmanager
+def kept_modes(model: nn.Module) -> Iterator[nn.Module]:
+    """Each part is afterwards in the mode (training or not) that it was in: a user's may differ."""
+    modes = [(each, each.training) for each in model.modules()]
+    try:
+        yield model
+    finally:
+        for each, training in modes:
+            each.training = training
 
 
 @contextlib.contextmanager

@@ -65,6 +65,9 @@ def test_the_default_space_is_what_the_class_takes_with_its_own_defaults(
     assert set(other.searched) == {"batch_size", "backbone"}
     assert other.fields["module.optimizer"] == "lion"
     assert other.fields["flip"] is True
+    told = launched(database, study="told", modules="my_more:Deep", settings=("optimizer=sgd",))
+    assert told.fields["optimizer"] == "sgd"
+    assert "module.optimizer" not in told.fields
     assert caplog.messages == []
 
 

@@ -302,7 +302,7 @@ def test_a_checkpoint_of_another_training_is_refused(digits: ImageDataset) -> No
     content = next(reports).state.to_bytes()
     reports.close()
     with pytest.raises(CheckpointError, match="of another config: module, lr"):
-        next(train(config(epochs=2, lr=1, **{"module.hidden": 5}), digits, CPU, resume=content))
+        next(train(config(epochs=2, lr=1, module={"hidden": 5}), digits, CPU, resume=content))
     ours = TrainConfig(backbone="smallcnn", epochs=2)
     with pytest.raises(CheckpointError, match="another format"):
         next(train(ours, digits, CPU, resume=content))
