@@ -25,7 +25,7 @@ from hpo.spec import StudySpec
 from storage.database import Database
 from storage.home import home
 from storage.schema import ensure_tables
-from trainer.config import DataError, TrainConfig, TrainingFailure
+from trainer.config import DataError, TrainConfig, TrainingFailure, is_module
 from trainer.data.options import Progress
 from trainer.data.registry import settled_source
 
@@ -309,7 +309,7 @@ def _measure_together(
     spec: StudySpec, backbone: str, devices: Sequence[str]
 ) -> "list[Speed] | str":
     """One speed a worker, all of them at work at once; in words why it can't be trained."""
-    warm_up()
+    warm_up(for_modules=is_module(backbone))
     context = multiprocessing.get_context("forkserver")
     with context.Pool(len(devices)) as pool:
         jobs = [(spec, backbone, device, index) for index, device in enumerate(devices)]
