@@ -30,3 +30,9 @@ Settings = Annotated[
         "--set", metavar="FIELD=VALUE", help="A field that all trials share. May be repeated."
     ),
 ]
+Modules = Annotated[
+    str | None,
+    typer.Option(
+        "--module", metavar="PACKAGE:CLASS", help="LightningModule of your own, or several: A,B."
+    ),
+]

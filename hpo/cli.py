@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from hpo.arguments import Earlier, Pruner, Sampler, Settings, Tries
+from hpo.arguments import Earlier, Modules, Pruner, Sampler, Settings, Tries
 from hpo.errors import ExitCode, UsageError, exit_code
 
 app = typer.Typer(
@@ -60,7 +60,8 @@ def launch(
         typer.Option(
             metavar="NAME|PATH",
             help="digits, fashion-mnist, cifar10, another set of torchvision's, a folder of "
-            "pictures, FILE.csv or Label Studio's FILE.json.  [default: digits]",
+            "pictures, FILE.csv, Label Studio's FILE.json or lightning:PACKAGE:CLASS, a DataModule."
+            "  [default: digits]",
         ),
     ] = None,
     image_size: Annotated[
@@ -90,6 +91,7 @@ def launch(
     backbone: Annotated[
         str | None, typer.Option(metavar="A,B", help="Backbones to choose among.")
     ] = None,
+    module: Modules = None,
     weights: Annotated[
         Path | None,
         typer.Option(metavar="EXPORT|FILE", help="Start each trial from these weights."),
@@ -153,6 +155,7 @@ def launch(
         epochs=epochs,
         space=space,
         backbones=backbone,
+        modules=module,
         weights=weights,
         seed=seed,
         folds=folds,
@@ -173,7 +176,7 @@ def launch(
     )
     database = _open(storage)
     if not detach:
-        warm_up()
+        warm_up(for_modules=module is not None)
     with reading_bar(sys.stderr) as progress:
         record = launching.prepare_study(database, options, progress)
     watch = _watch(database, record, options, storage=storage, command=launch_command(record.name))
@@ -409,6 +412,7 @@ def doctor(
     ] = None,
     space: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="As for launch.")] = None,
     backbone: Annotated[str | None, typer.Option(metavar="A,B", help="As for launch.")] = None,
+    module: Modules = None,
     folds: Annotated[int | None, typer.Option(metavar="K", help="As for launch.")] = None,
     settings: Settings = None,
     storage: Storage = None,
@@ -430,6 +434,7 @@ def doctor(
         devices=devices,
         space=space,
         backbones=backbone,
+        modules=module,
         folds=folds,
         search=SearchOptions(settings=tuple(settings or ())),
     )

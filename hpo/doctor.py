@@ -16,6 +16,7 @@ from hpo.errors import ExitCode, exit_code
 from hpo.executors.local import num_cores, warm_up, worker_devices
 from hpo.forecast import Forecast, Pace, forecast
 from hpo.launch import DEFAULT_BUDGET
+from hpo.module_space import unheard
 from hpo.options import LaunchOptions
 from hpo.progress import duration
 from hpo.settle import check_backbones, settle
@@ -24,7 +25,7 @@ from hpo.spec import StudySpec
 from storage.database import Database
 from storage.home import home
 from storage.schema import ensure_tables
-from trainer.config import DataError, TrainConfig, TrainingFailure
+from trainer.config import DataError, TrainConfig, TrainingFailure, is_module
 from trainer.data.options import Progress
 from trainer.data.registry import settled_source
 
@@ -195,6 +196,7 @@ def _space(spec: StudySpec, data: "ImageDataset", work: "EpochWork") -> Iterator
     """Fields that can't matter, batches that can't be."""
     idle = [
         *spec.space.idle(),
+        *unheard(spec.space),
         *_without_choice(spec),
         *_beyond_the_data(spec, data, work.num_train),
     ]
@@ -307,7 +309,7 @@ def _measure_together(
     spec: StudySpec, backbone: str, devices: Sequence[str]
 ) -> "list[Speed] | str":
     """One speed a worker, all of them at work at once; in words why it can't be trained."""
-    warm_up()
+    warm_up(for_modules=is_module(backbone))
     context = multiprocessing.get_context("forkserver")
     with context.Pool(len(devices)) as pool:
         jobs = [(spec, backbone, device, index) for index, device in enumerate(devices)]
@@ -325,14 +327,5 @@ def _measure(spec: StudySpec, backbone: str, device: str, index: int) -> "Speed"
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[index % len(cores)]})
     data = spec.load_data()
-    fields = {name: _middle(what) for name, what in spec.space.fields.items()}
-    config = TrainConfig.from_dict({**fields, "backbone": backbone})
+    config = TrainConfig.from_dict({**spec.space.middle(), "backbone": backbone})
     return measure_speed(config, data, device=device, seconds=PROBE_SECONDS)
-
-
-def _middle(what: Any) -> Any:
-    """A value from the middle of what a field may be."""
-    if isinstance(what, Range):
-        middle = (what.low * what.high) ** 0.5 if what.log else (what.low + what.high) / 2
-        return int(middle) if isinstance(what.low, int) else middle
-    return what[len(what) // 2] if isinstance(what, tuple) else what

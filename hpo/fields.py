@@ -4,13 +4,20 @@ import ast
 import dataclasses
 import inspect
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from hpo.space import default_space
-from trainer.config import TrainConfig
+from trainer.config import Argument, TrainConfig
 
-_KINDS: dict[Any, str] = {bool: "true or false", int: "whole number", float: "number", str: "word"}
+_KINDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "whole number",
+    float: "number",
+    str: "word",
+    Mapping[str, Argument]: "values by name",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +38,7 @@ class FieldDescription:
         """For people."""
         searched = ", searched unless told otherwise" if self.searched else ""
         default = str(self.default).lower() if isinstance(self.default, bool) else self.default
+        default = "none" if default == {} else default
         head = f"{self.name}: {self.kind}, default {default}{searched}"
         return f"{head}\n{textwrap.indent(textwrap.fill(self.text, 96), '    ')}"
 
@@ -43,7 +51,7 @@ def describe_fields() -> list[FieldDescription]:
         FieldDescription(
             name=field.name,
             kind=_kind(field.type),
-            default=field.default,
+            default=getattr(TrainConfig(), field.name),
             searched=field.name in ordinary.searched,
             text=texts.get(field.name, ""),
         )

@@ -11,6 +11,7 @@ from typing import Any
 from hpo.errors import UsageError
 from hpo.executors.local import LocalExecutor, num_cores, worker_devices
 from hpo.logs import open_log
+from hpo.module_space import unheard
 from hpo.options import LaunchOptions
 from hpo.points import add_points
 from hpo.samplers import grid_size
@@ -49,7 +50,7 @@ def prepare_study(
     record = _found(database, name)
     if record is None:
         spec, _ = settle(data, fields, options, progress)
-        for reason in spec.space.idle():
+        for reason in (*spec.space.idle(), *unheard(spec.space)):
             logger.warning("%s: here it changes nothing", reason)
     else:
         spec = StudySpec.from_json(record.spec)

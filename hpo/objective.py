@@ -22,7 +22,7 @@ from hpo.utilisation import Work, peak_of
 from storage.checkpoints import Checkpoints
 from storage.leases import Lease
 from storage.studies import OpenStudy
-from trainer.config import ConfigError, TrainConfig, TrainingFailure
+from trainer.config import Argument, ConfigError, TrainConfig, TrainingFailure
 from trainer.data.dataset import ImageDataset
 from trainer.device import DevicePlan, choose_plan
 from trainer.flops import training_flops
@@ -190,6 +190,7 @@ class TrialRun:
             return None
         footprint = _footprint(
             config.backbone,
+            tuple(sorted(config.module.items())),
             self._data.input_size,
             self._data.num_classes,
             self._device,
@@ -343,6 +344,7 @@ def _say_without_checkpoints(reason: str) -> None:
 @functools.cache
 def _footprint(
     backbone: str,
+    arguments: tuple[tuple[str, Argument], ...],
     input_size: tuple[int, int, int],
     num_classes: int,
     device: str,
@@ -350,7 +352,7 @@ def _footprint(
 ) -> Footprint:
     """Measured once in a worker's life, so that a backbone is judged alike in all its trials."""
     return measure_footprint(
-        TrainConfig(backbone=backbone),
+        TrainConfig(backbone=backbone, module=dict(arguments)),
         input_size=input_size,
         num_classes=num_classes,
         device=device,

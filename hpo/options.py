@@ -10,7 +10,7 @@ from hpo.limits import Limits
 from hpo.search import SearchOptions
 from hpo.space import SearchSpace, read_space
 from hpo.spec import check_folds, check_study_name
-from trainer.config import Objective, unknown_name
+from trainer.config import MODULE, Objective, unknown_name
 from trainer.data.options import DataOptions
 
 
@@ -27,6 +27,8 @@ class LaunchOptions:
     epochs: int | None = None
     space: Path | None = None
     backbones: str | None = None
+    modules: str | None = None
+    """LightningModules to choose among, beside the backbones."""
     weights: Path | None = None
     seed: int | None = None
     folds: int | None = None
@@ -59,8 +61,8 @@ class LaunchOptions:
     def given_fields(self) -> dict[str, Any]:
         """Fields of the space that an option or the space file sets."""
         fields = dict(read_space(self.space).fields) if self.space else {}
-        if self.backbones is not None:
-            names = [name.strip() for name in self.backbones.split(",")]
+        names = [*_listed(self.backbones), *(MODULE + name for name in _listed(self.modules))]
+        if names:
             fields["backbone"] = SearchSpace.from_json({"backbone": names}).fields["backbone"]
         if self.epochs is not None:
             fields["epochs"] = self.epochs
@@ -70,6 +72,10 @@ class LaunchOptions:
         if "weights" in fields:
             fields["weights"] = _absolute(fields["weights"])
         return fields
+
+
+def _listed(names: str | None) -> list[str]:
+    return [] if names is None else [name.strip() for name in names.split(",")]
 
 
 def _absolute(paths: str | tuple[str, ...]) -> str | tuple[str, ...]:

@@ -18,7 +18,7 @@ from storage.database import Database
 from storage.snapshots import snapshot
 from storage.starting_points import KEY, add_starting_points
 from storage.studies import StudyRecord
-from trainer.config import ConfigError, TrainConfig, unknown_name
+from trainer.config import ConfigError, TrainConfig, flat, unknown_name
 
 RECIPE = "recipe"
 """The user attribute of a trial that has all its fields of its own, whatever the space says."""
@@ -85,13 +85,15 @@ def starting_point(space: SearchSpace, given: str | Mapping[str, Any]) -> Starti
 def complaint(space: SearchSpace, name: str, value: Any) -> str | None:
     """Why a trial of this space can't have the value, None if it can."""
     if name not in space.searched:
-        fixed = space.fields.get(name, getattr(TrainConfig(), name))
+        fixed = space.fields.get(name, getattr(TrainConfig(), name, None))
         if value == fixed:
             return None
         return f"{name} is not searched here but fixed at {fixed!r}, and can't be {value!r}"
     what = space.fields[name]
     if isinstance(what, tuple):
         return None if value in what else f"{name} = {value!r} is none of {list(what)}"
+    if isinstance(value, str):
+        return f"{name} = {value!r} is no number"
     if what.low <= value <= what.high:
         return None
     return f"{name} = {value:g} lies outside {what.low:g} to {what.high:g}"
@@ -99,6 +101,7 @@ def complaint(space: SearchSpace, name: str, value: Any) -> str | None:
 
 def fitting(space: SearchSpace, values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Those of the values that are searched in this space, and lie in it."""
+    values = flat(values)
     return {
         name: values[name]
         for name in space.searched

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from hpo.errors import UsageError
 from hpo.executors.local import num_cores
 from hpo.limits import Limits
+from hpo.module_space import check_modules, settled_for_modules
 from hpo.options import LaunchOptions
 from hpo.quantities import parse_duration
 from hpo.rungs import first_rung
 from hpo.space import SearchSpace, default_space
 from hpo.spec import StudySpec
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, is_module
 from trainer.data.options import DataOptions, Progress
 
 if TYPE_CHECKING:
@@ -56,8 +57,10 @@ def settle(
         flips=dataset.flips,
         num_cores=num_cores() if available_devices() == ["cpu"] else None,
     )
+    space = settled_for_modules(space, fields)
     space = space.replace(**_by_weights(weights, fields), **fields)
     space.check_together()
+    check_modules(space, dataset)
     if "smote" in space.choices("balance"):
         imported_smote()
     _check_weights(space, dataset)
@@ -133,6 +136,8 @@ def _check_limits(limits: Limits, space: SearchSpace, data: "ImageDataset") -> N
         return
     complaints = {}
     for backbone in space.choices("backbone"):
+        if is_module(backbone):  # its size is a matter of its arguments: for workers
+            return
         footprint = measure_footprint(
             TrainConfig(backbone=backbone),
             input_size=data.input_size,

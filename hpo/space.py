@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from optuna.distributions import (
 )
 
 from trainer.conditions import idle_because
-from trainer.config import ConfigError, TrainConfig, check_balance, unknown_name
+from trainer.config import ARGUMENT, ConfigError, TrainConfig, check_balance, flat, unknown_name
 
 _FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 _NEVER_SEARCHED = {
@@ -50,6 +50,7 @@ class Range:
 class SearchSpace:
     """field of TrainConfig -> Range, tuple of choices, or the one value it has.
 
+    An argument of a LightningModule is a field by itself, module.NAME.
     Raises ConfigError if a field is unknown, can't be searched, or would leave its range.
     """
 
@@ -57,7 +58,7 @@ class SearchSpace:
 
     def __post_init__(self) -> None:
         for name, what in self.fields.items():
-            if name not in _FIELDS:
+            if name not in _FIELDS and not name.startswith(ARGUMENT):
                 raise ConfigError(unknown_name("field", name, _FIELDS))
             if name in _NEVER_SEARCHED and isinstance(what, Range | tuple):
                 raise ConfigError(f"{name} can't be searched: {_NEVER_SEARCHED[name]}")
@@ -66,7 +67,7 @@ class SearchSpace:
                     TrainConfig.from_dict({name: value})
                 except ConfigError as error:
                     raise ConfigError(f"space: {error}") from error
-            if isinstance(what, Range) and _FIELDS[name].type not in (int, float):
+            if isinstance(what, Range) and _type(name, what) not in (int, float):
                 raise ConfigError(f"space: {name} takes a list of choices, not a range")
 
     def check_together(self) -> None:
@@ -93,11 +94,19 @@ class SearchSpace:
 
     def largest(self, name: str) -> Any:
         """The largest value that a numeric field can take."""
-        return max(_extremes(self.fields.get(name, _FIELDS[name].default)))
+        return max(self.choices(name))
 
     def choices(self, name: str) -> Sequence[Any]:
         """The values that a field which is no range can take."""
-        return _extremes(self.fields.get(name, _FIELDS[name].default))
+        return _extremes(self.fields[name] if name in self.fields else _FIELDS[name].default)
+
+    def middle(self) -> dict[str, Any]:
+        """Each field with a value from the middle of what it may be."""
+        return {name: _middle(what) for name, what in self.fields.items()}
+
+    def without(self, names: Collection[str]) -> "SearchSpace":
+        """This space but for some fields."""
+        return SearchSpace(fields={n: what for n, what in self.fields.items() if n not in names})
 
     def replace(self, **fields: Any) -> "SearchSpace":
         """This space with some fields as given."""
@@ -111,7 +120,7 @@ class SearchSpace:
                 values[name] = trial.suggest_categorical(name, what)
             elif not isinstance(what, Range):
                 values[name] = what
-            elif _FIELDS[name].type is int:
+            elif _type(name, what) is int:
                 values[name] = trial.suggest_int(name, int(what.low), int(what.high), log=what.log)
             else:
                 values[name] = trial.suggest_float(name, what.low, what.high, log=what.log)
@@ -124,7 +133,7 @@ class SearchSpace:
             what = self.fields[name]
             if isinstance(what, tuple):
                 found[name] = CategoricalDistribution(what)
-            elif _FIELDS[name].type is int:
+            elif _type(name, what) is int:
                 found[name] = IntDistribution(int(what.low), int(what.high), log=what.log)
             else:
                 found[name] = FloatDistribution(what.low, what.high, log=what.log)
@@ -137,7 +146,7 @@ class SearchSpace:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "SearchSpace":
         """From the form of a space file. Raises ConfigError."""
-        return cls(fields={name: _parse(name, what) for name, what in values.items()})
+        return cls(fields={name: _parse(name, what) for name, what in flat(values).items()})
 
 
 def read_space(path: Path) -> SearchSpace:
@@ -219,6 +228,20 @@ def _plain(what: Any) -> Any:
     if isinstance(what, Range):
         return dataclasses.asdict(what)
     return list(what) if isinstance(what, tuple) else what
+
+
+def _type(name: str, what: Range) -> Any:
+    """Of a field; of an argument whose range's ends are whole numbers, int."""
+    if name in _FIELDS:
+        return _FIELDS[name].type
+    return int if isinstance(what.low, int) and isinstance(what.high, int) else float
+
+
+def _middle(what: Any) -> Any:
+    if isinstance(what, Range):
+        middle = (what.low * what.high) ** 0.5 if what.log else (what.low + what.high) / 2
+        return int(middle) if isinstance(what.low, int) else middle
+    return what[len(what) // 2] if isinstance(what, tuple) else what
 
 
 def _extremes(what: Any) -> Sequence[Any]:

@@ -6,10 +6,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.config import ConfigError, TrainConfig, unknown_name
+from trainer.config import ConfigError, TrainConfig, is_module, unknown_name
 from trainer.data.dataset import ImageDataset
 from trainer.foreign import Backbone, Maker, Shape, own_backbone, timm_backbone
 from trainer.heads import freeze, widen_head
+from trainer.modules import build_module, module_backbone
 from trainer.seeds import own_randomness
 from trainer.weights import load_weights, starting_weights, with_statistics_of
 
@@ -25,6 +26,8 @@ def build(config: TrainConfig, *, input_size: Shape, num_classes: int) -> nn.Mod
     torchvision where they fit. Raises ConfigError if the name is unknown, the image too small, or
     the weights aren't there or are another network's.
     """
+    if is_module(config.backbone):
+        return build_module(config, input_size=input_size, num_classes=num_classes)
     backbone = find_backbone(config.backbone)
     if min(input_size[1:]) < backbone.min_side:
         size = "x".join(map(str, input_size))
@@ -51,12 +54,15 @@ def as_fed(config: TrainConfig, data: ImageDataset) -> ImageDataset:
 
 
 def find_backbone(name: str) -> Backbone:
-    """A name of BACKBONES, timm:NAME, or package:function for one of the user's own.
+    """A name of BACKBONES, timm:NAME, or one of the user's own: package:function, or
+    lightning:package:Class.
 
     Raises ConfigError if there is none.
     """
     if name.startswith("timm:"):
         return timm_backbone(name.removeprefix("timm:"))
+    if is_module(name):
+        return module_backbone(name)
     if ":" in name:
         return own_backbone(name)
     if name not in BACKBONES:

@@ -7,6 +7,8 @@ doesn't count in a trial is not shown with it, and said where it never counts.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trainer.config import ARGUMENT, is_module
+
 CONDITIONS: Mapping[str, tuple[str, Sequence[Any]]] = {
     "momentum": ("optimizer", ("sgd", "adam", "adamw")),
     "backbone_lr": ("trainable", ("all", "last1", "last2", "last3", "gradual")),
@@ -20,6 +22,11 @@ def idle_because(name: str, values: Mapping[str, Any]) -> str | None:
 
     values: each a value, or a tuple of those that it may have.
     """
+    if name.startswith(ARGUMENT):
+        named = values.get("backbone", "")
+        if any(is_module(each) for each in (named if isinstance(named, tuple) else (named,))):
+            return None
+        return f"{name} counts only with a LightningModule as backbone"
     if name not in CONDITIONS:
         return None
     other, counts_with = CONDITIONS[name]

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Optimizer = Literal["sgd", "adam", "adamw"]
@@ -15,6 +15,11 @@ Policy = Literal["none", "trivialaugment", "randaugment"]
 Balance = Literal["none", "loss", "sampling", "smote"]
 Objective = Literal["accuracy", "balanced_accuracy", "macro_f1"]
 """Validation values that a training can be judged by; the names are those of Evaluation."""
+Argument = bool | int | float | str
+MODULE = "lightning:"
+"""Begins the name of a LightningModule as backbone, and of a LightningDataModule as data."""
+ARGUMENT = "module."
+"""Begins the name of an argument of a LightningModule among the fields of a training."""
 
 
 class ConfigError(ValueError):
@@ -53,8 +58,11 @@ class TrainConfig:
     """
 
     backbone: str = "resnet8"
-    """Name of the network: a key of trainer.backbones.BACKBONES, timm:NAME, or package:function
-    of one's own."""
+    """Name of the network: a key of trainer.backbones.BACKBONES, timm:NAME, package:function of
+    one's own, or lightning:package:Class, a LightningModule of one's own (trainer.modules)."""
+    module: Mapping[str, Argument] = field(default_factory=dict, hash=False)
+    """Arguments of a LightningModule of one's own, by name, which are fixed and searched as
+    module.NAME; it is given num_classes, input_size and the fields that it takes besides."""
     pretrained: bool = False
     """Start from torchvision's published weights, fed with their mean and standard deviation."""
     weights: str = ""
@@ -122,12 +130,13 @@ class TrainConfig:
     """Of weights, order and augmentation; >= 0."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is float and isinstance(value, int) and not isinstance(value, bool):
-                object.__setattr__(self, field.name, float(value))
-            elif field.type in (bool, int, float, str) and type(value) is not field.type:
-                raise ConfigError(f"{field.name} must be {_name(field.type)}, got {value!r}")
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if each.type is float and isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, each.name, float(value))
+            elif each.type in (bool, int, float, str) and type(value) is not each.type:
+                raise ConfigError(f"{each.name} must be {_name(each.type)}, got {value!r}")
+        object.__setattr__(self, "module", _checked_arguments(self.module))
         _check(self.lr > 0 and math.isfinite(self.lr), "lr must be > 0", self.lr)
         _check(self.batch_size >= 2, "batch_size must be >= 2", self.batch_size)
         _check(self.epochs >= 1, "epochs must be >= 1", self.epochs)
@@ -174,12 +183,46 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
-        """The config of these fields. Raises ConfigError if one is unknown or out of range."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in values:
+        """The config of these fields. Raises ConfigError if one is unknown or out of range.
+
+        module.NAME is an argument of a LightningModule.
+        """
+        known = [each.name for each in dataclasses.fields(cls)]
+        own = {name: value for name, value in values.items() if not name.startswith(ARGUMENT)}
+        for name in own:
             if name not in known:
                 raise ConfigError(unknown_name("field", name, known))
-        return cls(**values)
+        arguments = {
+            name.removeprefix(ARGUMENT): value
+            for name, value in values.items()
+            if name.startswith(ARGUMENT)
+        }
+        if arguments:
+            own["module"] = {**own.get("module", {}), **arguments}
+        return cls(**own)
+
+
+def flat(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with each argument of a LightningModule by itself, as module.NAME."""
+    found = {name: value for name, value in fields.items() if name != "module"}
+    arguments = fields.get("module", {})
+    if not isinstance(arguments, Mapping):
+        raise ConfigError(f"module holds arguments by name, module.NAME, got {arguments!r}")
+    return found | {f"{ARGUMENT}{name}": value for name, value in arguments.items()}
+
+
+def is_module(backbone: str) -> bool:
+    """Whether the name is that of a LightningModule."""
+    return backbone.startswith(MODULE)
+
+
+def _checked_arguments(arguments: Any) -> dict[str, Argument]:
+    for name, value in flat({"module": arguments}).items():
+        _check(name.removeprefix(ARGUMENT).isidentifier(), "module.NAME needs a name", name)
+        allowed = type(value) in (bool, int, float, str)
+        finite = not isinstance(value, float) or math.isfinite(value)
+        _check(allowed and finite, f"{name} must be true, false, a number or a word", value)
+    return dict(arguments)
 
 
 def _name(kind: Any) -> str:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from trainer.backbones import build
-from trainer.config import TrainConfig, trains_on_features
+from trainer.config import Argument, TrainConfig, trains_on_features
 from trainer.device import has_fast_bf16
 from trainer.features import on_features
 from trainer.foreign import Shape
@@ -37,6 +37,7 @@ def training_flops(config: TrainConfig, *, input_size: Shape, num_classes: int) 
     """
     return 3 * _forward_flops(
         config.backbone,
+        tuple(sorted(config.module.items())),
         config.head_hidden,
         input_size,
         num_classes,
@@ -46,9 +47,14 @@ def training_flops(config: TrainConfig, *, input_size: Shape, num_classes: int) 
 
 @functools.lru_cache(maxsize=256)
 def _forward_flops(
-    backbone: str, head_hidden: int, input_size: Shape, num_classes: int, head_only: bool
+    backbone: str,
+    arguments: tuple[tuple[str, Argument], ...],
+    head_hidden: int,
+    input_size: Shape,
+    num_classes: int,
+    head_only: bool,
 ) -> int:
-    config = TrainConfig(backbone=backbone, head_hidden=head_hidden)
+    config = TrainConfig(backbone=backbone, module=dict(arguments), head_hidden=head_hidden)
     with own_randomness("flops", 0), torch.no_grad():
         model = build(config, input_size=input_size, num_classes=num_classes).eval()
         image = torch.zeros(1, *input_size)

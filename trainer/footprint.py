@@ -39,7 +39,7 @@ def measure_footprint(
 
     Raises ConfigError if the backbone can't be built or the device isn't there.
     """
-    untrained = TrainConfig(backbone=config.backbone, dropout=config.dropout)
+    untrained = TrainConfig(backbone=config.backbone, module=config.module, dropout=config.dropout)
     model = build(untrained, input_size=input_size, num_classes=num_classes).eval()
     tensors = [*model.parameters(), *model.buffers()]
     return Footprint(

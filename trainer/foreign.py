@@ -31,7 +31,7 @@ class Backbone:
     """Gives what torchvision's WeightsEnum has: url, get_state_dict, transforms."""
 
 
-_ONE_STAGE: tuple[tuple[str, ...], ...] = ((),)
+ONE_STAGE: tuple[tuple[str, ...], ...] = ((),)
 """All but the head: a part of a network that we don't know can't be trained."""
 
 
@@ -42,14 +42,7 @@ def own_backbone(name: str) -> Backbone:
     It returns a network, (N,C,H,W) float -> logits (N,num_classes), that ends in a linear layer.
     Raises ConfigError if there is no such function.
     """
-    module_name, _, function_name = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # whatever the user's module leads to
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ConfigError(
-            f"backbone {name}: {reason}; is its folder in PYTHONPATH, for workers too?"
-        ) from error
+    found = imported("backbone", name, name)
     if not callable(found):
         raise ConfigError(f"backbone {name} is no function")
 
@@ -57,11 +50,10 @@ def own_backbone(name: str) -> Backbone:
         try:
             model = found(input_size=input_size, num_classes=num_classes, dropout=dropout)
         except Exception as error:  # whatever the user's function leads to
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise ConfigError(f"backbone {name}: {reason}") from error
+            raise ConfigError(f"backbone {name}: {one_line(error)}") from error
         return _checked(name, model, input_size, num_classes)
 
-    return Backbone(make=make, stages=_ONE_STAGE, min_side=1)
+    return Backbone(make=make, stages=ONE_STAGE, min_side=1)
 
 
 @functools.cache
@@ -83,11 +75,10 @@ def timm_backbone(name: str) -> Backbone:
         try:
             model = timm.create_model(name, pretrained=False, **given)
         except Exception as error:  # each of timm's networks has rules of its own
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise ConfigError(f"backbone timm:{name}: {reason}") from error
+            raise ConfigError(f"backbone timm:{name}: {one_line(error)}") from error
         return _checked(f"timm:{name}", model, input_size, num_classes)
 
-    return Backbone(make=make, stages=_ONE_STAGE, min_side=1, weights=lambda: TimmWeights(name))
+    return Backbone(make=make, stages=ONE_STAGE, min_side=1, weights=lambda: TimmWeights(name))
 
 
 class TimmWeights:
@@ -135,12 +126,30 @@ def _checked(name: str, model: Any, input_size: Shape, num_classes: int) -> nn.M
         with torch.no_grad():
             shape = tuple(model.eval()(torch.zeros(2, *input_size)).shape)
     except Exception as error:  # whatever a network that we don't know leads to
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ConfigError(f"backbone {name} can't take {_size(input_size)}: {reason}") from error
+        raise ConfigError(
+            f"backbone {name} can't take {size_in_words(input_size)}: {one_line(error)}"
+        ) from error
     if shape != (2, num_classes):
         raise ConfigError(f"backbone {name} gave {shape} for 2 images of {num_classes} classes")
     return model.train(was_training)
 
 
-def _size(input_size: Shape) -> str:
+def imported(what: str, name: str, place: str) -> Any:
+    """What stands at package.module:name. what, name: for messages. Raises ConfigError."""
+    module_name, _, own_name = place.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), own_name)
+    except Exception as error:  # whatever the user's module leads to
+        raise ConfigError(
+            f"{what} {name}: {one_line(error)}; is its folder in PYTHONPATH, for workers too?"
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """What other people's code raised, short."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def size_in_words(input_size: Shape) -> str:
+    """(C,H,W) for messages."""
     return "images of " + "x".join(map(str, input_size))

@@ -19,6 +19,7 @@ from trainer.config import (
     TrainConfig,
     TrainingDiverged,
     check_balance,
+    is_module,
     trains_on_features,
 )
 from trainer.data.dataset import ImageDataset, Split
@@ -103,6 +104,11 @@ def train(
     at. torch's own random state is the caller's between reports. Raises TrainingDiverged,
     OutOfMemory, CheckpointError, ConfigError.
     """
+    if is_module(config.backbone):
+        from trainer.module_loop import train_module  # which is made of parts of this file
+
+        yield from train_module(config, data, plan, resume=resume, pulse=pulse, objective=objective)
+        return
     check_balance(config)
     data = as_fed(config, data)
     batches = batch_bounds(len(data.train), config.batch_size)
@@ -288,11 +294,17 @@ def make_report(
     images_per_second: float,
     averages: Mapping[str, float],
     objective: Objective,
+    *,
+    ended: str | None = None,
 ) -> ProgressReport:
-    """The report of the leg just done, which joins the state's history."""
+    """The report of the leg just done, which joins the state's history.
+
+    ended: why there will be no other one, if that is known.
+    """
     last = state.step == state.config.epochs * STEPS_AN_EPOCH
     history, value = state.history, val.value(objective)
-    reason = None if last else stop_reason(state.config, history, state.step, value, objective)
+    if ended is None and not last:
+        ended = stop_reason(state.config, history, state.step, value, objective)
     report = ProgressReport(
         step=state.step,
         epoch=state.step / STEPS_AN_EPOCH,
@@ -304,8 +316,8 @@ def make_report(
         val_macro_f1=val.macro_f1,
         seconds=state.seconds,
         images_per_second=images_per_second,
-        finished=last or reason is not None,
-        reason=reason,
+        finished=last or ended is not None,
+        reason=ended,
         averages=averages,
         state=state,
     )

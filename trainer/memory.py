@@ -18,7 +18,7 @@ NO_ENGINE_WORDS = "unable to find an engine"
 """cuDNN's answer where its workspace doesn't fit, but also where it can't do the operation."""
 
 
-_tried: dict[tuple[str, Shape, str], "_Tried"] = {}
+_tried: dict[tuple[object, ...], "_Tried"] = {}
 
 
 class _Tried(NamedTuple):
@@ -44,7 +44,8 @@ def micro_batch_that_fits(
     """
     if not is_probed(device):
         return None
-    batch_size, key = config.batch_size, (config.backbone, input_size, device)
+    batch_size = config.batch_size
+    key = (config.backbone, *sorted(config.module.items()), input_size, device)
     tried = _tried.get(key, _Tried(0, 0))
     if batch_size > tried.batch_size:
         micro_batch = batch_size if tried.fitted == tried.batch_size else tried.fitted

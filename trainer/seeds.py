@@ -27,12 +27,17 @@ def own_randomness(*parts: int | str, device: str = "cpu") -> Iterator[None]:
     generators = _global_generators(device)
     before = [generator.get_state() for generator in generators]
     try:
-        for generator in generators:
-            generator.manual_seed(derived_seed(*parts))
+        reseed(*parts, device=device)
         yield
     finally:
         for generator, state in zip(generators, before, strict=True):
             generator.set_state(state)
+
+
+def reseed(*parts: int | str, device: str = "cpu") -> None:
+    """Give torch's global random state, of the CPU and of device, the seed of these parts."""
+    for generator in _global_generators(device):
+        generator.manual_seed(derived_seed(*parts))
 
 
 def _global_generators(device: str) -> list[torch.Generator]:

@@ -24,6 +24,11 @@ _KEYS = {
 }  # fmt: skip
 FOLDS_KEYS = {"config", "folds", "history"}
 """Of several trainings that go on together (trainer.folds)."""
+MODULE_KEYS = {
+    "config", "plan", "data_identity", "lightning", "loops", "step", "images_seen", "seconds",
+    "history",
+}  # fmt: skip
+"""Of a LightningModule's training (trainer.module_state)."""
 
 
 class CheckpointError(ValueError):
@@ -69,7 +74,7 @@ class TrainState:
         device is the given plan's. Raises CheckpointError if the bytes are no checkpoint, or one
         of another config or data; ConfigError if the device isn't there.
         """
-        saved = None if resume is None else _read(resume, config, data)
+        saved = None if resume is None else read_checkpoint(resume, config, data, _KEYS)
         if saved is not None:
             plan = dataclasses.replace(DevicePlan.from_dict(saved["plan"]), device=plan.device)
         prepare(plan.device, plan.num_threads)
@@ -80,7 +85,7 @@ class TrainState:
         state = cls(
             config=config,
             plan=plan,
-            data_identity=_identity(data),
+            data_identity=identity_of(data),
             model=model,
             optimizer=make_optimizer(config, model),
             averages=Averages(model, averages, steps_per_epoch=steps_per_epoch),
@@ -133,11 +138,13 @@ class TrainState:
 
 def read_history(content: bytes) -> list[dict[str, Any]]:
     """The reports made until this checkpoint, oldest first. Raises CheckpointError."""
-    history: list[dict[str, Any]] = open_checkpoint(content, _KEYS, FOLDS_KEYS)["history"]
+    history: list[dict[str, Any]] = open_checkpoint(content, _KEYS, FOLDS_KEYS, MODULE_KEYS)[
+        "history"
+    ]
     return history
 
 
-def _identity(data: ImageDataset) -> list[Any]:
+def identity_of(data: ImageDataset) -> list[Any]:
     """The data, and which of its images are trained on."""
     return [data.fingerprint, len(data.train), len(data.val), *data.mean]
 
@@ -163,10 +170,13 @@ def check_config(saved: Mapping[str, Any], config: TrainConfig) -> None:
         raise CheckpointError(f"the checkpoint is of another config: {', '.join(differing)}")
 
 
-def _read(content: bytes, config: TrainConfig, data: ImageDataset) -> dict[str, Any]:
-    saved = open_checkpoint(content, _KEYS)
+def read_checkpoint(
+    content: bytes, config: TrainConfig, data: ImageDataset, keys: Set[str]
+) -> dict[str, Any]:
+    """One with these keys. Raises CheckpointError if it is of another config or data."""
+    saved = open_checkpoint(content, keys)
     check_config(saved["config"], config)
-    if saved["data_identity"] != _identity(data):
+    if saved["data_identity"] != identity_of(data):
         raise CheckpointError(f"the checkpoint is of other data than {data.name}")
     return saved
 

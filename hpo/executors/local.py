@@ -31,6 +31,8 @@ PRELOADED = [
     "sqlalchemy.dialects.postgresql.psycopg2",
     "trainer.data.registry",
 ]
+LIGHTNING = ["lightning.pytorch"]
+"""Beside them where a study has LightningModules; it is as long as torch in coming."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +123,12 @@ class LocalExecutor:
                 os.kill(worker.process.pid, number)
 
 
-def warm_up() -> None:
-    """Start the server that workers are forked from, unless it runs: it loads torch meanwhile."""
-    multiprocessing.set_forkserver_preload(PRELOADED)
+def warm_up(*, for_modules: bool = False) -> None:
+    """Start the server that workers are forked from, unless it runs: it loads torch meanwhile.
+
+    for_modules: and Lightning.
+    """
+    multiprocessing.set_forkserver_preload([*PRELOADED, *(LIGHTNING if for_modules else ())])
     # a closed terminal is the launcher's business, which tells the workers
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -14,8 +14,8 @@ from tests.parts import PASSWORD, Hpo, TcpPostgres, free_port
 _COMMANDS = {
     "launch": {
         "--study", "--data", "--image-size", "--max-broken", "--max-memory", "--trials",
-        "--epochs", "--workers", "--devices", "--space", "--backbone", "--seed", "--folds",
-        "--objective", "--timeout", "--weights", "--max-params", "--max-megabytes",
+        "--epochs", "--workers", "--devices", "--space", "--backbone", "--module", "--seed",
+        "--folds", "--objective", "--timeout", "--weights", "--max-params", "--max-megabytes",
         "--max-latency-ms", "--sampler", "--pruner", "--try", "--from", "--set", "--detach",
         "--storage", "--json",
     },
@@ -34,7 +34,7 @@ _COMMANDS = {
     },
     "doctor": {
         "--data", "--image-size", "--max-broken", "--trials", "--epochs", "--workers", "--devices",
-        "--space", "--backbone", "--folds", "--set", "--storage", "--json",
+        "--space", "--backbone", "--module", "--folds", "--set", "--storage", "--json",
     },
     "replay": {"--trial", "--study", "--epochs", "--storage", "--json"},
     "space": {"--json"},

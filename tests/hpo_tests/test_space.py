@@ -4,8 +4,9 @@ from typing import Any
 import optuna
 import pytest
 
+from hpo.points import fitting
 from hpo.space import Range, SearchSpace, default_space, read_space
-from trainer.config import ConfigError
+from trainer.config import ConfigError, TrainConfig
 
 
 def space_file(folder: Path, content: str) -> Path:
@@ -42,6 +43,9 @@ def test_a_space_file_gives_ranges_choices_and_fixed_values(tmp_path: Path) -> N
         ("[space]\nbackbone = {low = 1, high = 2}", "backbone must be a word"),
         ("[space]\nepochs = [5, 10]", "epochs can't be searched"),
         ("[space]\noptimizer = ['sgd', 'lion']", "unknown optimizer 'lion'"),
+        ("[space]\nmodule = 3", "module holds arguments by name"),
+        ("[space]\nmodule.width = {low = 8, high = 4}", "module.width: low = 8 is above high"),
+        ("[space]\nmodule.when = 2020-01-01", "module.when must be true, false, a number"),
         ("[space]", "no table [space]"),
         ("", "no table [space]"),
         ("[space", "is no TOML"),
@@ -109,3 +113,28 @@ def test_smote_beside_a_head_alone_is_taken() -> None:
     fields = {"balance": ("loss", "smote"), "trainable": "head", "flip": False}
     SearchSpace(fields=fields).check_together()
     SearchSpace(fields={"flip": True, "balance": "loss"}).check_together()
+
+
+def test_arguments_of_a_module_are_searched_as_fields_by_themselves(tmp_path: Path) -> None:
+    space = read_space(
+        space_file(
+            tmp_path,
+            "[space.module]\nhidden = [64, 128]\ndepth = { low = 1, high = 4 }\n"
+            "rate = { low = 0.0, high = 1 }\nbias = true\n",
+        )
+    )
+    assert space.searched == ("module.hidden", "module.depth", "module.rate")
+    assert SearchSpace.from_json(space.to_json()) == space
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(10):
+        trial = study.ask()
+        config = space.suggest(trial, seed=1)
+        assert config.module == {
+            name.removeprefix("module."): value
+            for name, value in {**trial.params, "module.bias": True}.items()
+        }
+        assert [type(config.module[name]) for name in ("hidden", "depth", "rate")] == [
+            int, int, float,
+        ]  # fmt: skip
+        assert fitting(space, config.to_dict()) == trial.params
+        assert TrainConfig.from_dict(config.to_dict()) == config

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.config import ConfigError, DataError, unknown_name
+from trainer.config import MODULE, ConfigError, DataError, unknown_name
 from trainer.data.dvc import has_note, pulled
 from trainer.data.findings import one_line
 from trainer.data.options import DEFAULT_OPTIONS, DataOptions, Progress, no_progress
@@ -30,14 +30,18 @@ def load(
 ) -> "ImageDataset":
     """The data set of a source; the seed draws its validation split and nothing else.
 
-    source: a key of SOURCES, or the path of a folder, a table or an export (it has a separator,
-    or exists). Raises DataError, one line, if the source is unknown or its data can't be used;
-    ConfigError if an option is given that the source can't heed.
+    source: a key of SOURCES, lightning:package:Class, or the path of a folder, a table or an export
+    (it has a separator, or exists). Raises DataError, one line, if the source is unknown or its
+    data can't be used; ConfigError if an option is given that the source can't heed.
     """
     try:
         name = source_name(source)
         if source in SOURCES:
             return SOURCES[source](seed, options, progress)
+        if source.startswith(MODULE):
+            from trainer.data.data_module import load as load_module
+
+            return load_module(source, seed=seed, options=options, progress=progress)
         return _load_path(Path(settled_source(source)), name, seed, options, progress)
     except OSError as error:
         raise DataError(f"{one_line(source)}: {one_line(error)}") from error
@@ -50,7 +54,7 @@ def source_name(source: str) -> str:
     """
     if source in SOURCES:
         return source
-    path = Path(settled_source(source))
+    path = Path(source.rpartition(":")[2] if source.startswith(MODULE) else settled_source(source))
     words = path.stem if path.suffix.lower() in LISTINGS else path.name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", words).strip("-.")[:64] or "data"
 
@@ -60,11 +64,14 @@ def settled_source(source: str) -> str:
 
     Raises DataError if the source is neither a known name nor a path.
     """
-    if source in SOURCES:
+    if source in SOURCES or source.startswith(MODULE):
         return source
     if not _is_path(source):
         known = unknown_name("data set", source, SOURCES)
-        raise DataError(f"{known}, or the path of a folder, a .csv table or a .json export")
+        raise DataError(
+            f"{known}, or the path of a folder, a .csv table or a .json export, or "
+            "lightning:package:Class"
+        )
     return str(Path(source).expanduser().resolve())
 
 

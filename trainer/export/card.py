@@ -7,6 +7,7 @@ classes, parameters) is written so that it can't be Markdown or HTML.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from trainer.config import flat
 from trainer.export.card_files import format_table, loading, safety
 from trainer.export.card_text import number, safe, share, table
 
@@ -143,7 +144,7 @@ def _candidates(manifest: Mapping[str, Any], tested: Mapping[str, Any]) -> str:
 
 
 def _training(manifest: Mapping[str, Any]) -> str:
-    config = manifest["config"]
+    config = flat(manifest["config"])
     fields = ", ".join(f"{safe(key)} {number(value)}" for key, value in config.items())
     lines = ["## Training", fields + "."]
     averaging = manifest.get("averaging")

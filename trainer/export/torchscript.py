@@ -11,12 +11,13 @@ import torch
 
 from trainer.export.model import Classifier, as_classifier
 from trainer.export.source import ExportSource
+from trainer.modules import traceable
 
 
 def to_bytes(source: ExportSource) -> bytes:
     """The file's content."""
     buffer = io.BytesIO()
-    with _without_deprecation(), torch.inference_mode():
+    with _without_deprecation(), torch.inference_mode(), traceable(source.model):
         # verify compares the file with the model, on real images.
         traced = torch.jit.trace(  # type: ignore[no-untyped-call]
             source.model, source.example, check_trace=False
