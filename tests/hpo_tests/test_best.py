@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from hpo import candidates
 from hpo.best import BestOptions, export_best, known_best
 from hpo.errors import ExitCode, Interrupted, NoTrialError, UsageError
 from hpo.launch import prepare_study
 from hpo.limits import Limits
 from hpo.options import LaunchOptions
 from hpo.replay import replay_trial
+from hpo.search import SearchOptions
 from hpo.worker import Worker
 from storage.database import Database
 from storage.schema import ensure_tables
@@ -65,8 +67,15 @@ def searched(
         database = Database(url_of(postgres, "test_best"))  # type: ignore[arg-type]
         database.open()
         ensure_tables(database)
+        # what re-checks may cost is counted in epochs here: seconds depend on the neighbours
+        patch.setattr(candidates, "_cost", lambda _trial, epochs: epochs)
         options = LaunchOptions(
-            data="digits", trials=10, epochs=EPOCHS, backbones="smallcnn", objective="macro_f1"
+            data="digits",
+            trials=10,
+            epochs=EPOCHS,
+            backbones="smallcnn",
+            objective="macro_f1",
+            search=SearchOptions(pruner="none"),
         )
         doing.append("search")
         record = prepare_study(database, options)
