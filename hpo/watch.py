@@ -65,6 +65,7 @@ class Watch:
                     self.executor.wait(self._workers, _POLL_SECONDS)
             if self._received is not None:
                 raise Interrupted(f"interrupted: {self._left()}")
+            self._end_workers()
             return snapshot(self.database, self.record.study_id)
         except DatabaseUnreachable as error:
             if self._received is None:

@@ -17,7 +17,7 @@ from hpo.executors.local import LocalWorker
 from hpo.progress import ProgressView
 from hpo.watch import Watch
 from storage.database import Database
-from storage.leases import Lease, claim
+from storage.leases import Lease, claim, forget_worker, register_worker
 from storage.studies import OpenStudy, StudyRecord
 from tests.parts import make_study
 
@@ -84,6 +84,9 @@ class OneWaits(Ending):
         self.num_started += 1
         process = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(300,))
         process.start()
+        register_worker(
+            self._database, self._study.record.study_id, "w-2", host="", pid=1, device="cpu"
+        )
         return LocalWorker(
             id="w-2",
             index=index,
@@ -97,6 +100,7 @@ class OneWaits(Ending):
         workers, number = given
         for worker in workers:
             self.told.append(worker.id)
+            forget_worker(self._database, worker.id)  # as a worker does itself
             os.kill(worker.process.pid, number)
 
 
@@ -107,6 +111,7 @@ def test_when_one_worker_finds_the_budget_used_up_the_others_are_told(
     executor = OneWaits(database, record, tmp_path / "log")
     ended = watched(database, executor, record).run()
     assert ended.num_finished == 1
+    assert ended.workers == ()
     assert executor.told == ["w-2"]
     assert executor.num_started == 2
 
