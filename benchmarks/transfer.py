@@ -167,7 +167,7 @@ def unlabelled() -> dict[str, Any]:
     found: dict[str, Any] = {"images": len(whole.train)}
     with tempfile.TemporaryDirectory() as folder:
         for method in ("simclr", "moco"):
-            config = PretrainConfig(backbone=backbone, method=method, epochs=8)
+            config = PretrainConfig(backbone=backbone, method=method, epochs=5)
             for report in pretrain(config, whole, PLAN):
                 print(f"{method}: epoch {report.epoch}, loss {report.loss:.3f}", flush=True)
             found[method] = {"loss": report.loss, "seconds": report.seconds}
@@ -175,7 +175,7 @@ def unlabelled() -> dict[str, Any]:
             arms[f"{method}, frozen"] = {"weights": weights, "trainable": "head"}
             arms[f"{method}, whole, backbone_lr 0.1"] = {"weights": weights, "backbone_lr": 0.1}
         sets = [few_of_each(source, ONE_PERCENT // 10, seed) for seed in range(5)]
-        found["arms"] = compare(arms, sets, 30, backbone)
+        found["arms"] = compare(arms, sets, 20, backbone)
     return found
 
 
