@@ -44,7 +44,7 @@ from trainer.config import TrainConfig
 from trainer.data.dataset import ImageDataset
 from trainer.data.registry import load
 from trainer.device import DevicePlan
-from trainer.loop import ProgressReport
+from trainer.reports import ProgressReport
 
 NUM_TRIALS, NUM_REPORTS = 1_000, 50
 NUM_MEASURED_TRIALS, NUM_MEASURED_REPORTS = 30, 300

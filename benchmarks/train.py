@@ -32,13 +32,14 @@ from torch import Tensor, nn
 from hpo.measured import machine
 from storage.checkpoints import TrialCheckpoints
 from trainer.augment import augment
+from trainer.batches import to_device
 from trainer.config import TrainConfig
 from trainer.data.dataset import ImageDataset, Split
 from trainer.data.registry import load
 from trainer.device import DevicePlan, choose_plan
 from trainer.evaluate import Normaliser, evaluate
 from trainer.flops import peak_flops, training_flops
-from trainer.loop import optimizer_step, to_device
+from trainer.loop import optimizer_step
 from trainer.mixing import mix
 from trainer.seeds import seeded_generator
 from trainer.state import TrainState

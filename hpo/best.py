@@ -19,7 +19,7 @@ from storage.studies import StudyRecord, count_test_opening
 from trainer.config import Objective
 
 if TYPE_CHECKING:
-    from trainer.loop import ProgressReport
+    from trainer.reports import ProgressReport
 
 
 @dataclass(frozen=True, kw_only=True)

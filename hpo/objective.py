@@ -28,7 +28,8 @@ from trainer.device import DevicePlan, choose_plan
 from trainer.flops import training_flops
 from trainer.folds import FoldsReport, train_folds
 from trainer.footprint import Footprint, measure_footprint
-from trainer.loop import ProgressReport, train
+from trainer.loop import train
+from trainer.reports import ProgressReport
 from trainer.state import CheckpointError, read_history
 
 logger = logging.getLogger(__name__)

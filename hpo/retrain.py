@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trainer.data.dataset import ImageDataset
-    from trainer.loop import ProgressReport
+    from trainer.reports import ProgressReport
 
 Say = Callable[[str], None]
 """Is told, in a line, how it goes."""

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
-from trainer.loop import ReportValues
+from trainer.reports import ReportValues
 
 Part = Literal["between", "setup", "training", "evaluation", "checkpoints", "database"]
 PARTS: tuple[Part, ...] = get_args(Part)

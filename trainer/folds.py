@@ -15,7 +15,8 @@ from trainer.config import Objective, TrainConfig
 from trainer.data.dataset import ImageDataset
 from trainer.device import DevicePlan
 from trainer.evaluate import no_pulse
-from trainer.loop import ProgressReport, ReportValues, stop_reason, train
+from trainer.loop import train
+from trainer.reports import ProgressReport, ReportValues, stop_reason
 from trainer.seeds import derived_seed
 from trainer.state import (
     FOLDS_KEYS,

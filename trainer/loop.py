@@ -1,87 +1,35 @@
 """train: the whole loop, a generator of ProgressReports."""
 
-import dataclasses
-import math
 import time
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection, Generator
 
 import torch
 from torch import Tensor, nn
 
 from trainer.augment import augment
 from trainer.backbones import as_fed, find_backbone
-from trainer.balance import balanced_order, loss_weights, with_smote
+from trainer.balance import loss_weights, with_smote
+from trainer.batches import batch_bounds, legs, num_micro_batches, order_of, to_device
 from trainer.config import (
-    DataError,
     Objective,
     TrainConfig,
-    TrainingDiverged,
     check_balance,
     is_module,
     trains_on_features,
 )
-from trainer.data.dataset import ImageDataset, Split
+from trainer.data.dataset import ImageDataset
 from trainer.device import DevicePlan
-from trainer.evaluate import Evaluation, Normaliser, early_part, evaluate, no_pulse
+from trainer.evaluate import Normaliser, early_part, evaluate, no_pulse
 from trainer.features import as_features, on_features
 from trainer.heads import freeze
 from trainer.loss import summed_loss
 from trainer.memory import memory_errors
 from trainer.mixing import Partners, mix
+from trainer.module_loop import train_module
 from trainer.optim import clip_gradients, lr_at, set_lr
+from trainer.reports import ProgressReport, check_finite, make_report
 from trainer.seeds import own_randomness, seeded_generator
 from trainer.state import STEPS_AN_EPOCH, TrainState
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportValues:
-    """How far a training is, as plain values."""
-
-    step: int
-    """Quarter epochs done."""
-    epoch: float
-    """Epochs done: step / 4."""
-    images_seen: int
-    train_loss: float
-    """Mean over the images since the last report, as it was trained on (smoothed, augmented, mixed,
-    weighted)."""
-    val_loss: float
-    """Mean cross-entropy; NaN without validation images."""
-    val_accuracy: float
-    """NaN without validation images."""
-    val_balanced_accuracy: float
-    """Mean recall of the classes; NaN without validation images."""
-    val_macro_f1: float
-    """Mean F1 of the classes; NaN without validation images."""
-    seconds: float
-    """Spent training and evaluating so far, by all attempts together."""
-    images_per_second: float
-    """Trained on since the last report, without evaluation."""
-    finished: bool
-    """Whether this is the last report."""
-    reason: str | None = None
-    """Why training ended before its last epoch."""
-    averages: Mapping[str, float] = field(default_factory=dict)
-    """Validation value of each average that is kept; empty before the last epoch's end."""
-
-    def value(self, objective: Objective) -> float:
-        """What the training is judged by: val_accuracy, val_balanced_accuracy or val_macro_f1."""
-        return float(getattr(self, f"val_{objective}"))
-
-    def to_dict(self) -> dict[str, Any]:
-        """All but the state, as plain values."""
-        names = [field.name for field in dataclasses.fields(self) if field.name != "state"]
-        return {name: getattr(self, name) for name in names}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProgressReport(ReportValues):
-    """How far a training is, and its state."""
-
-    state: TrainState = field(repr=False, compare=False)
-    """Valid until the next report is asked for."""
 
 
 def train(
@@ -105,8 +53,6 @@ def train(
     OutOfMemory, CheckpointError, ConfigError.
     """
     if is_module(config.backbone):
-        from trainer.module_loop import train_module  # which is made of parts of this file
-
         yield from train_module(config, data, plan, resume=resume, pulse=pulse, objective=objective)
         return
     check_balance(config)
@@ -210,58 +156,6 @@ def optimizer_step(
     return total
 
 
-@dataclass(frozen=True, kw_only=True)
-class Leg:
-    """The batches from one report to the next; epoch counts from 0, step is the one reached."""
-
-    epoch: int
-    first_batch: int
-    end_batch: int
-    step: int
-
-
-def legs(num_epochs: int, num_batches: int, steps_done: int) -> list[Leg]:
-    """The legs still to go, in order. num_batches: of an epoch."""
-    whole = [
-        Leg(
-            epoch=epoch,
-            first_batch=0,
-            end_batch=num_batches,
-            step=(epoch + 1) * STEPS_AN_EPOCH,
-        )
-        for epoch in range(num_epochs)
-    ]
-    if num_batches >= 2 * STEPS_AN_EPOCH:
-        quarter = math.ceil(num_batches / STEPS_AN_EPOCH)
-        first = Leg(epoch=0, first_batch=0, end_batch=quarter, step=1)
-        whole[:1] = [first, dataclasses.replace(whole[0], first_batch=quarter)]
-    return [leg for leg in whole if leg.step > steps_done]
-
-
-def batch_bounds(num_images: int, batch_size: int) -> list[tuple[int, int]]:
-    """(first, end) of each batch of an epoch; no image is left out.
-
-    A last batch of one image, which batch norm can't take, joins the one before. Raises
-    DataError if there is only one image.
-    """
-    if num_images < 2:
-        raise DataError(f"at least two images are needed to train, got {num_images}")
-    starts = [start for start in range(0, num_images, batch_size) if num_images - start > 1]
-    return list(zip(starts, [*starts[1:], num_images], strict=True))
-
-
-def num_micro_batches(num_images: int, micro_batch: int | None) -> int:
-    """Into how many parts a batch is split: none of one image, so three may go at once for 2."""
-    if micro_batch is None:
-        return 1
-    return max(1, min(math.ceil(num_images / micro_batch), num_images // 2))
-
-
-def epoch_order(seed: int, epoch: int, num_images: int) -> Tensor:
-    """The order of the images in this epoch: int64 (num_images,)."""
-    return torch.randperm(num_images, generator=seeded_generator("order", seed, epoch))
-
-
 def thaw(state: TrainState, progress: float) -> None:
     """Have the stages trained that are due at this share of all steps."""
     stages = find_backbone(state.config.backbone).stages
@@ -270,94 +164,3 @@ def thaw(state: TrainState, progress: float) -> None:
 
 def _whole(model: nn.Module) -> nn.Module:
     return model
-
-
-def order_of(config: TrainConfig, epoch: int, labels: Tensor) -> Tensor:
-    """Which images this epoch takes, and in which order: int64 (M,). labels: (N,), on the CPU.
-
-    An epoch's batches take the first of them, which SMOTE makes fewer than all.
-    """
-    if config.balance == "sampling":
-        return balanced_order(config.seed, epoch, labels)
-    return epoch_order(config.seed, epoch, len(labels))
-
-
-def to_device(split: Split, plan: DevicePlan) -> Split:
-    """The split in the device's memory (the same one if it is there)."""
-    return type(split)(split.images.to(plan.device), split.labels.to(plan.device))
-
-
-def make_report(
-    state: TrainState,
-    train_loss: float,
-    val: Evaluation,
-    images_per_second: float,
-    averages: Mapping[str, float],
-    objective: Objective,
-    *,
-    ended: str | None = None,
-) -> ProgressReport:
-    """The report of the leg just done, which joins the state's history.
-
-    ended: why there will be no other one, if that is known.
-    """
-    last = state.step == state.config.epochs * STEPS_AN_EPOCH
-    history, value = state.history, val.value(objective)
-    if ended is None and not last:
-        ended = stop_reason(state.config, history, state.step, value, objective)
-    report = ProgressReport(
-        step=state.step,
-        epoch=state.step / STEPS_AN_EPOCH,
-        images_seen=state.images_seen,
-        train_loss=train_loss,
-        val_loss=val.loss,
-        val_accuracy=val.accuracy,
-        val_balanced_accuracy=val.balanced_accuracy,
-        val_macro_f1=val.macro_f1,
-        seconds=state.seconds,
-        images_per_second=images_per_second,
-        finished=last or ended is not None,
-        reason=ended,
-        averages=averages,
-        state=state,
-    )
-    state.history.append(report.to_dict())
-    return report
-
-
-def stop_reason(
-    config: TrainConfig,
-    history: Sequence[Mapping[str, Any]],
-    step: int,
-    value: float,
-    objective: Objective,
-) -> str | None:
-    """Early stopping: why the training should end with this validation value, or None.
-
-    history: the reports before, oldest first, of which the first best one counts.
-    """
-    name = f"val_{objective}"
-    known = [report for report in history if not math.isnan(report[name])]
-    best = max(known, key=lambda report: float(report[name]), default=None)
-    patience = config.patience
-    if not patience or best is None or value > best[name]:
-        return None
-    if step - best["step"] < patience * STEPS_AN_EPOCH:
-        return None
-    return (
-        f"early stopping: no better validation {objective.replace('_', ' ')} than "
-        f"{best[f'val_{objective}']:.4f} of epoch {best['epoch']:g} in {patience} epochs"
-    )
-
-
-def check_finite(train_loss: float, val: Evaluation, leg: Leg, config: TrainConfig) -> None:
-    """Raise TrainingDiverged if a loss isn't finite."""
-    epochs = leg.step / STEPS_AN_EPOCH
-    if not math.isfinite(train_loss):
-        raise TrainingDiverged(
-            f"the training loss is {train_loss} after {epochs:g} epochs (lr {config.lr:g})"
-        )
-    if val.num_images and not math.isfinite(val.loss):
-        raise TrainingDiverged(
-            f"the validation loss is {val.loss} after {epochs:g} epochs (lr {config.lr:g})"
-        )

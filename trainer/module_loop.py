@@ -10,24 +10,16 @@ from typing import Any
 
 from trainer.averaging import Averages
 from trainer.backbones import build
+from trainer.batches import Leg, batch_bounds, legs, order_of, to_device
 from trainer.config import Objective, OutOfMemory, TrainConfig
 from trainer.data.dataset import ImageDataset
 from trainer.device import DevicePlan, prepare
 from trainer.evaluate import Evaluation, early_part, evaluate
 from trainer.fitting import Fitting, Task
-from trainer.loop import (
-    Leg,
-    ProgressReport,
-    batch_bounds,
-    check_finite,
-    legs,
-    make_report,
-    order_of,
-    to_device,
-)
 from trainer.memory import memory_errors
 from trainer.module_state import ModuleState
 from trainer.modules import check_module_fields, kept_modes
+from trainer.reports import ProgressReport, check_finite, make_report
 from trainer.seeds import own_randomness
 from trainer.state import MODULE_KEYS, STEPS_AN_EPOCH, identity_of, read_checkpoint
 

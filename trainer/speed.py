@@ -5,11 +5,12 @@ import time
 from dataclasses import dataclass
 
 from trainer.augment import augment
+from trainer.batches import to_device
 from trainer.config import TrainConfig
 from trainer.data.dataset import ImageDataset, Split
 from trainer.device import choose_plan
 from trainer.evaluate import Normaliser, evaluate
-from trainer.loop import optimizer_step, to_device
+from trainer.loop import optimizer_step
 from trainer.mixing import mix
 from trainer.seeds import seeded_generator
 from trainer.state import TrainState

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from trainer.balance import balanced_order, class_weights, with_smote
+from trainer.batches import order_of
 from trainer.config import ConfigError, TrainConfig
 from trainer.data.dataset import ImageDataset, Split
 from trainer.device import DevicePlan
 from trainer.features import FeatureSplit
-from trainer.loop import order_of, train
+from trainer.loop import train
 
 CROOKED = torch.tensor([0, 0, 0, 0, 3] * 100).where(torch.arange(500) % 61 != 7, 1)
 """500 images of four classes, one of which has none."""

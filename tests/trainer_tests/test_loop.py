@@ -11,21 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from trainer.averaging import Averages
+from trainer.batches import batch_bounds, epoch_order, legs, num_micro_batches
 from trainer.config import DataError, Objective, OutOfMemory, TrainConfig, TrainingDiverged
 from trainer.data.dataset import ImageDataset
 from trainer.data.registry import load
 from trainer.device import DevicePlan
-from trainer.loop import (
-    ProgressReport,
-    batch_bounds,
-    epoch_order,
-    legs,
-    num_micro_batches,
-    optimizer_step,
-    train,
-)
+from trainer.loop import optimizer_step, train
 from trainer.mixing import Partners
 from trainer.optim import lr_at, make_optimizer
+from trainer.reports import ProgressReport
 from trainer.state import FORMAT, CheckpointError, TrainState
 
 CPU = DevicePlan(device="cpu", channels_last=True)

@@ -18,12 +18,13 @@ import trainer.device
 import trainer.memory
 from trainer.averaging import Averages
 from trainer.backbones import build
+from trainer.batches import num_micro_batches
 from trainer.config import OutOfMemory, TrainConfig
 from trainer.data.dataset import ImageDataset, Split
 from trainer.device import DevicePlan, choose_plan
 from trainer.evaluate import evaluate
 from trainer.foreign import Shape
-from trainer.loop import num_micro_batches, optimizer_step, train
+from trainer.loop import optimizer_step, train
 from trainer.memory import micro_batch_that_fits
 from trainer.optim import make_optimizer
 from trainer.state import TrainState

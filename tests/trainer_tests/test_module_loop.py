@@ -22,7 +22,8 @@ from trainer.data.registry import load
 from trainer.device import DevicePlan
 from trainer.export.folder import export_model
 from trainer.folds import train_folds
-from trainer.loop import ProgressReport, train
+from trainer.loop import train
+from trainer.reports import ProgressReport
 from trainer.state import CheckpointError, read_history
 
 CPU = DevicePlan(device="cpu")

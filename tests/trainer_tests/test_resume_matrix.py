@@ -10,7 +10,8 @@ from trainer.backbones import BACKBONES
 from trainer.config import Optimizer, Schedule, TrainConfig
 from trainer.data.dataset import ImageDataset, Split
 from trainer.device import DevicePlan
-from trainer.loop import ProgressReport, train
+from trainer.loop import train
+from trainer.reports import ProgressReport
 
 OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
 SCHEDULES: tuple[str, ...] = get_args(Schedule)

@@ -20,8 +20,9 @@ from trainer.device import DevicePlan
 from trainer.evaluate import classify, evaluate
 from trainer.export.model import ExportModel
 from trainer.heads import TwoLayerHead, head_name, num_trained_stages, stage_of
-from trainer.loop import ProgressReport, train
+from trainer.loop import train
 from trainer.optim import make_optimizer, set_lr
+from trainer.reports import ProgressReport
 
 SIZE = (1, 8, 8)
 PLAN = DevicePlan(device="cpu", num_threads=1)
