@@ -5,7 +5,7 @@
 
 Each writes its part of benchmarks/transfer.json, backbone by backbone. Fashion-MNIST is halved to
 14x14 pixels, so that it takes minutes of a core, and digits are scaled up to as many: at their own
-8x8 what has been learnt on the one is worth little on the other. Every arm has as many learning
+8x8 what has been learnt on the one is worth less on the other. Every arm has as many learning
 rates to choose from (a head alone larger ones); which one it is shown with, validation images say,
 in the mean of all seeds. resnet18 is slow: it has one rate, the second, and half the epochs.
 """
