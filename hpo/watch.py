@@ -39,8 +39,6 @@ class Watch:
     command: str
     """What a user types to go on after an interruption."""
     _workers: list[LocalWorker] = field(default_factory=list)
-    _used_up: bool = False
-    """A worker has left since the budget is; the others would see it at their next claim."""
     _received: signal.Signals | None = None
     _deaths_in_a_row: int = 0
     _unseen_since: dict[str, float] = field(default_factory=dict)
@@ -60,8 +58,7 @@ class Watch:
                     self.executor.start(index) for index in range(self.executor.num_workers)
                 ]
             with self.view:
-                while self._workers and self._received is None and not self._used_up:
-                    self._look()
+                while self._workers and self._received is None and self._look():
                     self.executor.wait(self._workers, _POLL_SECONDS)
             if self._received is not None:
                 raise Interrupted(f"interrupted: {self._left()}")
@@ -76,7 +73,12 @@ class Watch:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _look(self) -> None:
+    def _look(self) -> bool:
+        """Replace workers that have died, show the study; whether there is anything to wait for.
+
+        Not where a worker has left since the budget is used up: the others would see it at their
+        next claim.
+        """
         one_is_done = False
         for worker in list(self._workers):
             code = worker.exit_code
@@ -89,9 +91,10 @@ class Watch:
                 self._replace(worker, code)
             one_is_done |= code == ExitCode.DONE
         study = snapshot(self.database, self.record.study_id)
-        self._used_up = one_is_done and study.num_finished >= study.budget
         self._end_hanging(study)
         self.view.show(study)
+        used_up = one_is_done and study.num_finished >= study.budget
+        return bool(self._workers) and not used_up
 
     def _end_hanging(self, study: StudySnapshot) -> None:
         """Kill workers that live and don't show it for long (stopped, or stuck in one call)."""

@@ -23,7 +23,7 @@ from trainer.evaluate import Normaliser, early_part
 from trainer.foreign import one_line
 from trainer.handover import Handover
 from trainer.memory import is_out_of_memory
-from trainer.modules import kept_modes, trainer_class
+from trainer.modules import kept_modes, lightning_of
 from trainer.seeds import reseed, seeded_generator
 from trainer.state import STEPS_AN_EPOCH, CheckpointError
 
@@ -135,7 +135,7 @@ class Fitting:
         return ConfigError(f"backbone {backbone}: {one_line(error)}{_place(error)}")
 
     def _make_trainer(self) -> Any:
-        task, package = self._task, trainer_class(self._task.model)
+        task, package = self._task, lightning_of(self._task.model)
         kind, _, index = task.plan.device.partition(":")
         callbacks = importlib.import_module(f"{package.__name__}.callbacks")
         alone = importlib.import_module(f"{package.__name__}.plugins.environments")
@@ -160,7 +160,7 @@ class Fitting:
 
     def _validates(self) -> bool:
         own = getattr(type(self._task.model), "validation_step", None)
-        return own is not trainer_class(self._task.model).LightningModule.validation_step
+        return own is not lightning_of(self._task.model).LightningModule.validation_step
 
     def _fit(self) -> None:
         task, resumed = self._task, None

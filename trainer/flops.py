@@ -18,7 +18,7 @@ from trainer.backbones import build
 from trainer.config import Argument, TrainConfig, trains_on_features
 from trainer.device import has_fast_bf16
 from trainer.features import on_features
-from trainer.foreign import Shape
+from trainer.foreign import Shape, one_line
 from trainer.heads import head_name
 from trainer.seeds import own_randomness
 
@@ -66,8 +66,7 @@ def _forward_flops(
             with _Counter() as counter:
                 model(image)
         except Exception as error:  # other people's networks do what they like
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            logger.warning("the operations of %s can't be counted: %s", backbone, reason)
+            logger.warning("the operations of %s can't be counted: %s", backbone, one_line(error))
             return 0
     total: int = counter.total
     return total

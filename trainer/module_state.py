@@ -1,6 +1,5 @@
 """ModuleState: all of a LightningModule's training that changes, as bytes and back."""
 
-import io
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from trainer.config import ConfigError
-from trainer.state import FORMAT, STEPS_AN_EPOCH, TrainState
+from trainer.state import STEPS_AN_EPOCH, TrainState
 
 
 @dataclass(kw_only=True, eq=False)
@@ -28,26 +27,9 @@ class ModuleState(TrainState):
     loops: Mapping[str, Any]
     """How far Lightning's loops are, by their own count."""
 
-    def to_bytes(self) -> bytes:
-        """Tensors and plain Python only: torch.load(weights_only=True) reads it.
-
-        Raises ConfigError if what the module adds to a checkpoint is anything else.
-        """
-        file = io.BytesIO()
-        content = {
-            "format": FORMAT,
-            "config": self.config.to_dict(),
-            "plan": self.plan.to_dict(),
-            "data_identity": self.data_identity,
-            "lightning": self._lightning(),
-            "loops": dict(self.loops),
-            "step": self.step,
-            "images_seen": self.images_seen,
-            "seconds": self.seconds,
-            "history": self.history,
-        }
-        torch.save(content, file)
-        return file.getvalue()
+    def _learnt(self) -> dict[str, Any]:
+        """Raises ConfigError if what the module adds to a checkpoint is no plain value."""
+        return {"lightning": self._lightning(), "loops": dict(self.loops)}
 
     def _lightning(self) -> dict[str, Any]:
         if self.step % STEPS_AN_EPOCH:

@@ -252,6 +252,6 @@ def traceable(model: nn.Module) -> Iterator[None]:
             delattr(each, _SAYS_NOTHING)
 
 
-def trainer_class(model: nn.Module) -> Any:
+def lightning_of(model: nn.Module) -> Any:
     """The package that the model's Trainer is in, imported."""
     return importlib.import_module(trainer_package(model))

@@ -18,16 +18,11 @@ from trainer.optim import make_optimizer
 
 FORMAT = 3
 STEPS_AN_EPOCH = 4
-_KEYS = {
-    "config", "plan", "data_identity", "model", "optimizer", "averages", "step", "images_seen",
-    "seconds", "history",
-}  # fmt: skip
+_COMMON = {"config", "plan", "data_identity", "step", "images_seen", "seconds", "history"}
+_KEYS = _COMMON | {"model", "optimizer", "averages"}
 FOLDS_KEYS = {"config", "folds", "history"}
 """Of several trainings that go on together (trainer.folds)."""
-MODULE_KEYS = {
-    "config", "plan", "data_identity", "lightning", "loops", "step", "images_seen", "seconds",
-    "history",
-}  # fmt: skip
+MODULE_KEYS = _COMMON | {"lightning", "loops"}
 """Of a LightningModule's training (trainer.module_state)."""
 
 
@@ -102,16 +97,22 @@ class TrainState:
             "config": self.config.to_dict(),
             "plan": self.plan.to_dict(),
             "data_identity": self.data_identity,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "averages": self.averages.state_dict(),
             "step": self.step,
             "images_seen": self.images_seen,
             "seconds": self.seconds,
             "history": self.history,
+            **self._learnt(),
         }
         torch.save(content, file)
         return file.getvalue()
+
+    def _learnt(self) -> dict[str, Any]:
+        """What of the content is weights, and what goes with them."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "averages": self.averages.state_dict(),
+        }
 
     @property
     def result(self) -> nn.Module:
