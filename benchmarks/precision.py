@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from benchmarks.leak import spread
-from benchmarks.winner import halved
+from benchmarks.transfer import small_fashion
 from hpo.measured import machine
 from trainer.config import TrainConfig
-from trainer.data import digits, fashion_mnist
-from trainer.data.dataset import ImageDataset, channel_statistics
+from trainer.data import digits
+from trainer.data.dataset import ImageDataset, Split
 from trainer.device import DevicePlan, has_fast_bf16
 from trainer.evaluate import evaluate
 from trainer.loop import train
@@ -37,21 +37,9 @@ WAYS: Mapping[str, DevicePlan] = {
 }
 
 
-def small_fashion() -> ImageDataset:
-    """5,000 training images of Fashion-MNIST, at 14x14 pixels."""
-    whole = fashion_mnist.load(seed=0)
-    part = halved(whole.train.take(range(5_000)))
-    mean, std = channel_statistics(part.images)
-    return dataclasses.replace(
-        whole, train=part, val=part.take([]), mean=mean, std=std,
-        open_test=lambda: halved(whole.open_test()),
-    )  # fmt: skip
-
-
-def accuracy(config: TrainConfig, data: ImageDataset, plan: DevicePlan) -> float:
+def accuracy(config: TrainConfig, data: ImageDataset, test: Split, plan: DevicePlan) -> float:
     """On the test images, after the last epoch."""
     *_, last = train(config, data, plan)
-    test = data.open_test()
     return evaluate(last.state.model, test, plan, mean=data.mean, std=data.std).accuracy
 
 
@@ -63,13 +51,15 @@ def main() -> None:
     torch.set_num_threads(1)
     result: dict[str, Any] = {"machine": machine(), "has_bf16": has_fast_bf16(), "n": num_seeds}
     for source, data, epochs in (("digits", digits.load(seed=0), 10),
-                                 ("Fashion-MNIST, 14x14", small_fashion(), 4)):  # fmt: skip
+                                 ("Fashion-MNIST, 14x14", small_fashion(5_000), 4)):  # fmt: skip
+        data, test = dataclasses.replace(data, val=data.val.take([])), data.open_test()
         for backbone in ("smallcnn", "resnet8"):
             rows = [
                 {
                     name: accuracy(
                         TrainConfig(backbone=backbone, epochs=epochs, lr=1e-2, seed=seed),
                         data,
+                        test,
                         plan,
                     )
                     for name, plan in WAYS.items()

@@ -78,6 +78,7 @@ def compare(
 ) -> dict[str, Any]:
     """Each arm on each of the data sets, which differ in their seed; its best learning rate's."""
     found = {}
+    held_out = [(data.val, data.open_test()) for data in sets]
     for name, fields in arms.items():
         tried = {}
         rates = FROZEN_RATES if fields.get("trainable") == "head" else RATES
@@ -95,7 +96,7 @@ def compare(
                 fed, model = as_fed(config, data), last.state.model
                 val, test = (
                     evaluate(model, split, PLAN, mean=fed.mean, std=fed.std).accuracy
-                    for split in (data.val, data.open_test())
+                    for split in held_out[seed]
                 )
                 reports.append((val, test, seconds))
             tried[lr] = reports
