@@ -18,17 +18,19 @@ BUDGET = 50
 
 def postgres_restarted(arena: Arena, long: bool) -> Iterator[Finding]:
     """Row 8."""
-    budget, workers = (200, 4) if long else (20, 4)
-    with arena.stage(FaultPlan(folder="", leg_seconds=0.8)) as stage:
+    budget, workers, every = (200, 4, 7) if long else (20, 4, 4)
+    with arena.stage(FaultPlan(folder="", leg_seconds=1.0)) as stage:
         launcher = stage.launch(trials=budget, workers=workers, epochs=5)
         # a launcher that finds no database for ten seconds at its start says so and ends
         wait_for("a trial has begun", lambda: stage.witness("bound"), seconds=240)
         modes = iter(("fast", "immediate") * 1000)
         repeat(
             lambda: stage.restart_postgres(next(modes)),
-            every=7, until=launcher, seconds=900 if long else 300,
+            every=every, until=launcher, seconds=900 if long else 300,
         )  # fmt: skip
-        done = f"Postgres restarted every 7 s, fast and immediate; {workers} workers, simulated"
+        done = (
+            f"Postgres restarted every {every} s, fast and immediate; {workers} workers, simulated"
+        )
         finding = audit(stage, "8", done=done, budget=budget, epochs=5)
         finding.check(launcher.code == 0, f"launch ended with {launcher.code}")
         finding.check(stage.num_restarts > 2, f"only {stage.num_restarts} restarts: too short")
