@@ -149,6 +149,8 @@ def run(arm: str, kind: str, seed: int, num_images: int, limit: float | None = N
             raise SystemExit(f"{arm}: {(folder / 'output').read_text()[-2000:]}")
         lines = watching.ended(environment)
         row = summary(lines, task, seconds, started) | {"broken_off": code is None}
+        if arm.startswith("hpo"):
+            row["spent"] = asked("status", environment)["spent"]
         time.sleep(3)  # the embedded server leaves before its folder does
         return row
 
@@ -205,6 +207,14 @@ def summary(lines: list[Row], task: Row, seconds: float, started: float) -> Row:
     }
 
 
+def asked(command: str, environment: Mapping[str, str]) -> Any:
+    """What a command of ours says of the study."""
+    words = [sys.executable, "-m", "hpo.cli", command, "--json"]
+    return json.loads(
+        subprocess.run(words, env=environment, capture_output=True, check=True).stdout
+    )
+
+
 class Watching:
     """Reads the reports of an arm: of a peer from its witness, of ours from the database."""
 
@@ -223,10 +233,8 @@ class Watching:
             return [json.loads(each) for each in text.splitlines()]
         self._over.set()
         self._thread.join()
-        command = [sys.executable, "-m", "hpo.cli", "trials", "--json"]
-        shown = subprocess.run(command, env=environment, capture_output=True, check=True)
         lines = []
-        for trial in json.loads(shown.stdout):
+        for trial in asked("trials", environment):
             for step, value in zip(trial["steps"], trial["values"], strict=True):
                 at = self._seen.get((trial["number"], step), time.time())
                 lines.append({"at": at, "trial": str(trial["number"]), "epoch": step / 4,

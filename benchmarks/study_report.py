@@ -26,6 +26,7 @@ def report(found: Mapping[str, Any]) -> str:
             f"{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}",
             "",
             pruned(rounds) if name.startswith("pruned") else equal(rounds),
+            profile([each["hpo"] for each in rounds]),
         ]
         if name.startswith("pruned"):
             draw(rounds, FOLDER / f"study-{name.replace(' ', '-')}.png")
@@ -72,6 +73,25 @@ def pruned(rounds: Rounds) -> str:
     header = ["arm", "s", "trials", f"s until {goals}", "times hpo's", "best accuracy",
               "best when hpo is done", "study MFU %"]  # fmt: skip
     return table(header, rows)
+
+
+def profile(studies: Sequence[Mapping[str, Any]]) -> str:
+    """Where the seconds of hpo's workers went: of one worker in one study, by what it did."""
+    workers = [row for study in studies for row in study.get("spent", ())]
+    if not workers:
+        return ""
+    whole = [study["seconds"] for study in studies for _ in study.get("spent", ())]
+    parts = [part for part in workers[0] if part not in ("worker", "num_trials")]
+    spent = {part: [row[part] for row in workers] for part in parts}
+    spent["start and end of the command"] = [
+        seconds - sum(row[part] for part in parts)
+        for row, seconds in zip(workers, whole, strict=True)
+    ]
+    rows = [
+        [part, spread(seconds, 2), f"{100 * sum(seconds) / sum(whole):.1f}"]
+        for part, seconds in spent.items()
+    ]
+    return table([f"of hpo's {len(workers)} workers", "s", "%"], rows)
 
 
 def trials_of(row: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from benchmarks.study import (
     run,
     summary,
 )
-from benchmarks.study_report import best_at, report, seconds_until
+from benchmarks.study_report import best_at, profile, report, seconds_until
 from trainer.data.fashion_mnist import _read
 from trainer.data.registry import load
 
@@ -76,6 +76,16 @@ def test_the_table_says_how_many_times_longer_an_arm_took_in_the_same_round() ->
     )
 
 
+def test_the_profile_of_a_study_adds_up_to_its_seconds() -> None:
+    spent = [{"worker": "a", "num_trials": 2, "training": 6.0, "evaluation": 2.0},
+             {"worker": "b", "num_trials": 1, "training": 4.0, "evaluation": 2.0}]  # fmt: skip
+    text = profile([{"seconds": 10.0, "spent": spent}, {"seconds": 9.0}])
+    assert "| training | 5.00 +- 1.41 | 50.0 |" in text
+    assert "| evaluation | 2.00 +- 0.00 | 20.0 |" in text
+    assert "| start and end of the command | 3.00 +- 1.41 | 30.0 |" in text
+    assert profile([{"seconds": 9.0}]) == ""
+
+
 def test_a_curve_is_read_at_a_value_and_at_a_time() -> None:
     curve = [(1.0, 0.5), (4.0, 0.75)]
     assert (seconds_until(curve, 0.5), seconds_until(curve, 0.6)) == (1.0, 4.0)
@@ -102,6 +112,7 @@ def test_each_arm_that_is_installed_does_the_same_number_of_steps() -> None:
     found = [run(arm, "equal", 0, 400) for arm in arms]
     assert len({row["optimizer_steps"] for row in found}) == 1
     assert {row["num_whole"] for row in found} == {12}
+    assert sum(row["num_trials"] for row in found[0]["spent"]) == 12
     assert all(len(row["curve"]) >= 1 and row["curve"][-1][0] <= row["seconds"] for row in found)
 
 
