@@ -67,7 +67,8 @@ def points() -> list[dict[str, Any]]:
     ]
 
 
-KINDS: Mapping[str, Mapping[str, Any]] = {
+Kind = Mapping[str, Any]
+KINDS: Mapping[str, Kind] = {
     "equal": {"num_trials": 12, "epochs": 1, "prunes": False, "points": points()},
     "pruned": {"num_trials": 50, "epochs": 8, "prunes": True, "points": []},
 }
@@ -118,7 +119,7 @@ def command_of(arm: str) -> Callable[[Row, Path], list[str]]:
     return ARMS[arm]
 
 
-def run(arm: str, kind: str, seed: int, num_images: int, limit: float | None = None) -> Row:
+def run(arm: str, kind: Kind, seed: int, num_images: int, limit: float | None = None) -> Row:
     """One arm's study, by the clock of whoever waits for its command.
 
     limit: seconds after which it is broken off; what it has reported until then counts.
@@ -127,7 +128,7 @@ def run(arm: str, kind: str, seed: int, num_images: int, limit: float | None = N
         folder = Path(name)
         folder.chmod(0o711)
         task = {
-            **KINDS[kind], "folder": str(first_images(folder / "data", num_images)), "seed": seed,
+            **kind, "folder": str(first_images(folder / "data", num_images)), "seed": seed,
             "num_train": num_images - num_images // 10, "num_cores": NUM_CORES, "lr": LRS,
             "batch_size": BATCHES, "backbone": BACKBONES,
             "witness": str(folder / "witness.jsonl"), "journal": str(folder / "journal"),
@@ -284,7 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "ray tune" in arms and importlib.util.find_spec("ray") is None:
         print("Ray Tune is not installed (pip install '.[peers]'): left out")
         arms.remove("ray tune")
-    size = FULL if options.full else SHORT
+    kind, size = KINDS[options.kind], FULL if options.full else SHORT
     name = options.kind + (" full" if options.full else "")
     found = json.loads(options.out.read_text()) if options.out.exists() else {}
     rounds = found.setdefault(name, {"machine": machine(), "images": size, "rounds": []})["rounds"]
@@ -294,11 +295,11 @@ def main(arguments: list[str] | None = None) -> None:
         # whoever comes first has the coolest machine: each in turn
         for arm in [*arms[index % len(arms) :], *arms[: index % len(arms)]]:
             if arm not in rounds[index]:
-                rounds[index][arm] = run(arm, options.kind, index, size, options.limit)
+                rounds[index][arm] = run(arm, kind, index, size, options.limit)
                 options.out.write_text(json.dumps(found, indent=1) + "\n")
                 shown = {key: value for key, value in rounds[index][arm].items() if key != "curve"}
                 print(f"round {index + 1}, {arm}: {json.dumps(shown)}", flush=True)
-        if not KINDS[options.kind]["prunes"]:
+        if not kind["prunes"]:
             steps = {row["optimizer_steps"] for row in rounds[index].values()}
             assert len(steps) == 1, f"the arms did not do the same work: {steps}"
     print(report(found))

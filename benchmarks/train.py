@@ -61,17 +61,17 @@ class Task:
     batch: int = 128
     size: tuple[int, int, int] | None = None
 
-    def data(self) -> ImageDataset:
-        """The images."""
+    def data(self, num_images: int = 10_000) -> ImageDataset:
+        """The images; so many, and a batch, where they are noise."""
         if self.size is None:
             return load("fashion-mnist", seed=0)
-        count = 10_000 + self.batch
+        count = num_images + self.batch
         images = torch.randint(256, (count, *self.size), dtype=torch.uint8)
         split = Split(images, torch.arange(count) % 10)
         return ImageDataset(
-            name="noise", train=split, val=split.take(range(2_000)), fingerprint=64 * "0",
-            class_names=tuple("0123456789"), mean=(0.5,) * self.size[0], std=(0.3,) * self.size[0],
-            open_test=lambda: split, flips=True,
+            name="noise", train=split, val=split.take(range(min(2_000, count))),
+            fingerprint=64 * "0", class_names=tuple("0123456789"), mean=(0.5,) * self.size[0],
+            std=(0.3,) * self.size[0], open_test=lambda: split, flips=True,
         )  # fmt: skip
 
 

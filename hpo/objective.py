@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import os
 import socket
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -210,13 +211,14 @@ class TrialRun:
     def _plan(self, config: TrainConfig) -> DevicePlan:
         """How the device is used: chosen by the first attempt, kept by later ones."""
         if "plan" in self._attributes:
-            return DevicePlan.from_dict({**self._attributes["plan"], "device": self._device})
+            return DevicePlan.from_dict(self._attributes["plan"]).on(self._device)
         plan = choose_plan(
             config,
             input_size=self._data.input_size,
             num_classes=self._data.num_classes,
             device=self._device,
             data_bytes=bytes_beside_a_model(self._spec, config, self._data, self._device),
+            graphs=os.environ.get("HPO_CUDA_GRAPHS") == "1",
             remember=measured_once,
         )
         work = asdict(self._work(config))

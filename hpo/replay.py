@@ -83,7 +83,7 @@ def replay_trial(
         raise NoTrialError(f"trial {number} of {record.name} has no report to compare with")
     spec = StudySpec.from_json(record.spec)
     config = TrainConfig.from_dict(trial.attributes["config"])
-    plan = DevicePlan.from_dict({**trial.attributes["plan"], "device": _same_kind_of_device(trial)})
+    plan = DevicePlan.from_dict(trial.attributes["plan"]).on(_same_kind_of_device(trial))
     data = spec.load_data()
     replayed = []
     folds = folds_of(spec, data, plan.device)

@@ -149,12 +149,9 @@ def _train(
     from trainer.loop import train
 
     device = available_devices()[0]
-    plan = DevicePlan.from_dict(
-        {
-            **trial.attributes["plan"],
-            "device": device,
-            "num_threads": num_cores() if device == "cpu" and len(data.train) > 10_000 else 1,
-        }
+    plan = dataclasses.replace(
+        DevicePlan.from_dict(trial.attributes["plan"]).on(device),
+        num_threads=num_cores() if device == "cpu" and len(data.train) > 10_000 else 1,
     )
     stopped_early = trial.state == "COMPLETE" and trial.steps[-1] < config.epochs * STEPS_PER_EPOCH
     end_step = trial.steps[-1] if stopped_early else config.epochs * STEPS_PER_EPOCH

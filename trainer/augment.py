@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from trainer.config import ConfigError, TrainConfig
 from trainer.policies import POLICIES
+from trainer.transfer import sent
 from trainer.warp import turn
 
 _ERASED_SHARE = (0.02, 0.33)
@@ -44,7 +45,7 @@ def augment(images: Tensor, config: TrainConfig, generator: torch.Generator) -> 
 
 def flip(images: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror each image left to right with probability 1/2. images: (N,C,H,W)."""
-    chosen = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
+    chosen = sent(torch.rand(len(images), generator=generator) < 0.5, images.device)
     return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
 
@@ -55,7 +56,7 @@ def translate(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor
     """
     num_images, _, height, width = images.shape
     offsets = torch.randint(2 * pixels + 1, (2, num_images), generator=generator)
-    down, right = offsets.to(images.device)
+    down, right = sent(offsets, images.device)
     padded = functional.pad(images, (pixels, pixels, pixels, pixels))
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (N,C,2p+1,2p+1,H,W)
     return windows[torch.arange(num_images, device=images.device), :, down, right]
@@ -78,8 +79,8 @@ def cutout(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
     """
     num_images, _, height, width = images.shape
     uniform = torch.rand(2, num_images, 1, generator=generator)
-    top = ((uniform[0] * height).long() - side // 2).to(images.device)
-    left = ((uniform[1] * width).long() - side // 2).to(images.device)
+    top = sent((uniform[0] * height).long() - side // 2, images.device)
+    left = sent((uniform[1] * width).long() - side // 2, images.device)
     return images.masked_fill(_inside(top, left, side, side, height, width), 0)
 
 
@@ -105,8 +106,8 @@ def erase(images: Tensor, probability: float, generator: torch.Generator) -> Ten
     tall *= chance < probability
     top = (down * (height - tall + 1)).long()
     left = (right * (width - wide + 1)).long()
-    hidden = _inside(top, left, tall, wide, height, width).to(images.device)
-    return torch.where(hidden, noise.to(images.device), images)
+    hidden = sent(_inside(top, left, tall, wide, height, width), images.device)
+    return torch.where(hidden, sent(noise, images.device), images)
 
 
 def _inside(

@@ -51,6 +51,8 @@ class DevicePlan:
     """At most as many images at once, gradients are added up; >= 2; None is the whole batch."""
     num_threads: int = 1
     """CPU threads of one operation; sums, and so results, depend on it."""
+    graphs: bool = False
+    """On CUDA: a step's kernels are recorded and started together (trainer.graphs)."""
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
@@ -72,6 +74,11 @@ class DevicePlan:
             if name not in known:
                 raise ConfigError(unknown_name("field", name, known))
         return cls(**values)
+
+    def on(self, device: str) -> "DevicePlan":
+        """The same on another device, which may have no graphs."""
+        graphs = self.graphs and device.startswith("cuda")
+        return dataclasses.replace(self, device=device, graphs=graphs)
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model on the device, in the plan's memory format."""
@@ -142,19 +149,23 @@ def choose_plan(
     device: str,
     num_threads: int = 1,
     data_bytes: int = 0,
+    graphs: bool = False,
     remember: Remember = remember_here,
 ) -> DevicePlan:
     """The fastest way found to train this backbone here, in micro-batches that fit.
 
     On CUDA bf16 with channels_last where the hardware has it; on a CPU a probe of a few
     training steps, well below a second for small networks, once for each (backbone, size,
-    device, threads) as far as `remember` does. What memory holds is tried on accelerators only,
-    with data_bytes of images beside it. Does not touch torch's random state, and leaves nothing in
-    memory. Raises OutOfMemory if no micro-batch fits.
+    device, threads) as far as `remember` does. graphs: use CUDA graphs where they are right, which
+    isn't for networks that this project doesn't know. What memory holds is tried on accelerators
+    only, with data_bytes of images beside it. Does not touch torch's random state, and leaves
+    nothing in memory. Raises OutOfMemory if no micro-batch fits.
     """
     prepare(device, num_threads)
     plain = DevicePlan(device=device, num_threads=num_threads)
     plan = _fast_plan(config, plain, input_size, num_classes, remember)
+    if graphs and ":" not in config.backbone:
+        plan = dataclasses.replace(plan, graphs=True).on(device)
 
     def attempt(num_images: int) -> None:
         with own_randomness("memory", config.seed, device=device):

@@ -1,5 +1,6 @@
 """train: the whole loop, a generator of ProgressReports."""
 
+import functools
 import time
 from collections.abc import Callable, Collection, Generator
 
@@ -21,6 +22,7 @@ from trainer.data.dataset import ImageDataset
 from trainer.device import DevicePlan
 from trainer.evaluate import Normaliser, early_part, evaluate, no_pulse
 from trainer.features import as_features, on_features
+from trainer.graphs import GraphedStep, Step
 from trainer.heads import freeze
 from trainer.loss import summed_loss
 from trainer.memory import memory_errors
@@ -30,6 +32,7 @@ from trainer.optim import clip_gradients, lr_at, set_lr
 from trainer.reports import ProgressReport, check_finite, make_report
 from trainer.seeds import own_randomness, seeded_generator
 from trainer.state import STEPS_AN_EPOCH, TrainState
+from trainer.transfer import sent
 
 
 def train(
@@ -78,12 +81,15 @@ def train(
         normalise = Normaliser(data.mean, data.std, plan.device)
         train_split, val_split = to_device(data.train, plan), to_device(data.val, plan)
         weights = loss_weights(config, data, plan.device)
+        step: Step = functools.partial(optimizer_step, state, weights=weights, model=model)
+        if plan.graphs:
+            step = GraphedStep(step, state.model, optimizer)
     for leg in [] if state.finished else legs(config.epochs, len(batches), state.step):
         started = time.perf_counter()
         randomness = own_randomness("leg", config.seed, leg.step, device=plan.device)
         with memory_errors(config, plan.device), randomness:
             generator = seeded_generator("augment", config.seed, leg.step)
-            order = order_of(config, leg.epoch, data.train.labels).to(plan.device)
+            order = sent(order_of(config, leg.epoch, data.train.labels), plan.device)
             total_loss = torch.zeros((), device=plan.device)
             model.train()
             thaw(state, (leg.epoch * len(batches) + leg.first_batch) / num_steps)
@@ -95,7 +101,7 @@ def train(
                 images = augment(train_split.images.index_select(0, chosen), config, generator)
                 labels = train_split.labels.index_select(0, chosen)
                 images, partners = mix(normalise(images), labels, config, generator)
-                total_loss += optimizer_step(state, images, labels, partners, weights, model=model)
+                total_loss += step(images, labels, partners)
                 state.averages.after_step(state.model, steps_done / num_steps)
             state.averages.after_epoch(state.model, leg.step / last_step)
             num_images = batches[leg.end_batch - 1][1] - batches[leg.first_batch][0]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import ConfigError, TrainConfig
+from trainer.transfer import sent
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -15,7 +16,7 @@ class Partners:
     """What a batch was mixed with. labels: int64 (N,); share: of an image that is its own."""
 
     labels: Tensor
-    share: float
+    share: float | Tensor
 
     def split(self, num_parts: int) -> list["Partners"]:
         """As tensor_split splits the batch."""
@@ -40,7 +41,7 @@ def mix(
     if config.mixup and config.cutmix:
         cuts = bool(torch.rand((), generator=generator) < 0.5)
     share = _beta(config.cutmix if cuts else config.mixup, generator)
-    order = torch.randperm(len(images), generator=generator).to(images.device)
+    order = sent(torch.randperm(len(images), generator=generator), images.device)
     partners = images.index_select(0, order)
     if cuts:
         images, share = cutmix(images, partners, share, generator)

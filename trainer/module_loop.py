@@ -1,7 +1,6 @@
 """train_module: a LightningModule's training, in the reports that any other training makes."""
 
 import contextlib
-import dataclasses
 import functools
 import tempfile
 import time
@@ -44,7 +43,7 @@ def train_module(
     check_module_fields(config)
     saved = None if resume is None else read_checkpoint(resume, config, data, MODULE_KEYS)
     if saved is not None:
-        plan = dataclasses.replace(DevicePlan.from_dict(saved["plan"]), device=plan.device)
+        plan = DevicePlan.from_dict(saved["plan"]).on(plan.device)
     if plan.micro_batch is not None:
         raise OutOfMemory(
             f"{config.backbone} with batch_size {config.batch_size} doesn't fit into the memory of "

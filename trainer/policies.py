@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from trainer.transfer import sent
 from trainer.warp import shear, shift, turn
 
 MOST_MAGNITUDE = 30
@@ -68,7 +69,7 @@ def _operate(
     signs = 1.0 - 2.0 * torch.randint(2, (len(images),), generator=generator)
     order = drawn.argsort(stable=True)
     counts = drawn.bincount(minlength=len(OPERATIONS)).tolist()
-    places = order.to(images.device)
+    places = sent(order, images.device)
     groups = torch.split(images.index_select(0, places), counts)
     amounts = torch.split((signs * strengths)[order], counts)
     done = [
@@ -192,10 +193,10 @@ def _gray(images: Tensor) -> Tensor:
 def _blend(images: Tensor, plain: Tensor, amounts: Tensor, ranges: Ranges) -> Tensor:
     """Away from what is plain, or towards it: plain + factor * (images - plain)."""
     factors = _beside(1 + amounts * ranges.blend, images)
-    blended = torch.lerp(plain.to(images.device), images.float(), factors)
+    blended = torch.lerp(sent(plain, images.device), images.float(), factors)
     return blended.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _beside(values: Tensor, images: Tensor) -> Tensor:
     """values: (n,), in a shape and at a place where images (n,C,H,W) meet them."""
-    return values.view(-1, 1, 1, 1).to(images.device)
+    return sent(values.view(-1, 1, 1, 1), images.device)

@@ -31,6 +31,7 @@ from trainer.memory import memory_errors
 from trainer.optim import lr_at, make_optimizer, set_lr
 from trainer.seeds import own_randomness, seeded_generator
 from trainer.state import CheckpointError
+from trainer.transfer import sent
 
 Method = Literal["simclr", "moco"]
 FORMAT = 1
@@ -227,12 +228,12 @@ def view(images: Tensor, least_area: float, flips: bool, generator: torch.Genera
     scale = (least_area + (1 - least_area) * area).sqrt()
     zero, room = torch.zeros(num_images), 1 - scale
     rows = (scale, zero, room * (2 * x - 1), zero, scale, room * (2 * y - 1))
-    theta = torch.stack(rows, dim=1).view(num_images, 2, 3).to(images.device)
+    theta = sent(torch.stack(rows, dim=1).view(num_images, 2, 3), images.device)
     grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
     images = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
     if flips:
         images = flip(images, generator)
-    gain, shift = ((each.to(images.device)[:, None, None, None]) for each in (gain, shift))
+    gain, shift = (sent(each, images.device)[:, None, None, None] for each in (gain, shift))
     changed: Tensor = images * (0.6 + 0.8 * gain) + (shift - 0.5) * 0.8
     return changed
 

@@ -1,6 +1,5 @@
 """TrainState: all of a training that changes, as bytes and back."""
 
-import dataclasses
 import io
 from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field
@@ -71,7 +70,7 @@ class TrainState:
         """
         saved = None if resume is None else read_checkpoint(resume, config, data, _KEYS)
         if saved is not None:
-            plan = dataclasses.replace(DevicePlan.from_dict(saved["plan"]), device=plan.device)
+            plan = DevicePlan.from_dict(saved["plan"]).on(plan.device)
         prepare(plan.device, plan.num_threads)
         size, num_classes = data.input_size, data.num_classes
         start = config if saved is None else config.from_scratch()

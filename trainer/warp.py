@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trainer.transfer import sent
+
 
 def warp(images: Tensor, rows: Sequence[Tensor]) -> Tensor:
     """Where each pixel comes from, bilinear; zeros come in.
@@ -13,7 +15,7 @@ def warp(images: Tensor, rows: Sequence[Tensor]) -> Tensor:
     images: (N,C,H,W), uint8 or float; rows: the six entries of affine_grid's matrices, each (N,),
     in coordinates of [-1, 1] across the image.
     """
-    theta = torch.stack(tuple(rows), dim=1).view(len(images), 2, 3).to(images.device)
+    theta = sent(torch.stack(tuple(rows), dim=1).view(len(images), 2, 3), images.device)
     grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
     warped = functional.grid_sample(images.float(), grid, align_corners=False)
     return warped if images.is_floating_point() else warped.round_().to(images.dtype)

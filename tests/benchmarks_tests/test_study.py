@@ -109,7 +109,7 @@ def test_the_witness_is_read_back(tmp_path: Path) -> None:
 
 def test_each_arm_that_is_installed_does_the_same_number_of_steps() -> None:
     arms = [arm for arm in ARMS if arm in ("hpo", "tutorial, a process a core")]
-    found = [run(arm, "equal", 0, 400) for arm in arms]
+    found = [run(arm, KINDS["equal"], 0, 400) for arm in arms]
     assert len({row["optimizer_steps"] for row in found}) == 1
     assert {row["num_whole"] for row in found} == {12}
     assert sum(row["num_trials"] for row in found[0]["spent"]) == 12

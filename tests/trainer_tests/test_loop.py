@@ -10,16 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from trainer.augment import augment
 from trainer.averaging import Averages
-from trainer.batches import batch_bounds, epoch_order, legs, num_micro_batches
+from trainer.batches import batch_bounds, epoch_order, legs, num_micro_batches, to_device
 from trainer.config import DataError, Objective, OutOfMemory, TrainConfig, TrainingDiverged
 from trainer.data.dataset import ImageDataset
 from trainer.data.registry import load
 from trainer.device import DevicePlan
+from trainer.evaluate import Normaliser
 from trainer.loop import optimizer_step, train
-from trainer.mixing import Partners
+from trainer.mixing import Partners, mix
 from trainer.optim import lr_at, make_optimizer
 from trainer.reports import ProgressReport
+from trainer.seeds import seeded_generator
 from trainer.state import FORMAT, CheckpointError, TrainState
 
 CPU = DevicePlan(device="cpu", channels_last=True)
@@ -470,3 +473,24 @@ def test_a_training_on_a_gpu_learns_and_goes_on_from_its_checkpoint(digits: Imag
     assert resumed.train_loss == pytest.approx(undisturbed.train_loss, rel=0.05)
     *_, on_cpu = train(AUGMENTED, digits, CPU, resume=checkpoint)
     assert on_cpu.train_loss == pytest.approx(undisturbed.train_loss, rel=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_no_step_waits_for_the_device(digits: ImageDataset) -> None:
+    config = TrainConfig(
+        flip=True, rotation=10.0, translate=2, cutout=3, erasing=0.5, mixup=0.5, cutmix=0.5,
+        clip_norm=1.0, optimizer="sgd",
+    )  # fmt: skip
+    plan = DevicePlan(device="cuda:0", precision="bf16", channels_last=True)
+    state = TrainState.start(config, digits, plan, steps_per_epoch=2)
+    split, generator = to_device(digits.train, plan), seeded_generator("test", 0)
+    normalise = Normaliser(digits.mean, digits.std, plan.device)
+    try:
+        for mode in (0, 0, 2, 2):  # 2: an error; the first steps may search and allocate
+            torch.cuda.set_sync_debug_mode(mode)
+            images = normalise(augment(split.images, config, generator))
+            images, partners = mix(images, split.labels, config, generator)
+            optimizer_step(state, images, split.labels, partners)
+    finally:
+        torch.cuda.set_sync_debug_mode(0)

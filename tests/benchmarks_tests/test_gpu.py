@@ -1,0 +1,57 @@
+"""The logic of the GPU's benchmark, on a CPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import PUBLISHED, Loop, loop_table, main
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def test_all_of_it_is_measured_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "gpu.json"
+    command = "--device cpu --backbone smallcnn --noise 256 --images 400 --workers 2 --trials 2"
+    main([*command.split(), "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert [row["backbone"] for row in found["loop"]] == ["smallcnn", "smallcnn"]
+    assert all(row["images_per_second"] > 0 and row["tflops"] > 0 for row in found["loop"])
+    assert {arm: row["num_whole"] for arm, row in found["workers"].items()} == {
+        "hpo, 2 workers": 12
+    }
+    assert found["study"]["num_trials"] == 2
+    printed = capsys.readouterr().out
+    assert "| hpo, 2 workers |" in printed
+    assert "2 trials:" in printed
+
+
+def test_published_figures_stand_beside_ours() -> None:
+    row = {"backbone": "resnet18", "plan": {"precision": "bf16", "graphs": True},
+           "images_per_second": 23_456.0, "tflops": 78.12}  # fmt: skip
+    text = loop_table([row])
+    assert "| resnet18, bf16, CUDA graphs | 23,456 | 78.1 |" in text
+    assert all(f"| {name} |" in text for name in PUBLISHED)
+    assert "| 116.5 |" in text  # 0.36 PFLOP in 3.09 s
+
+
+def test_without_a_gpu_nothing_is_measured_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        main([])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_the_loop_runs_with_graphs() -> None:
+    row = Loop(device="cuda:0", num_images=10_000).measure(graphs=True)
+    assert row["plan"]["graphs"]
+    assert row["peak_mib"] > 100
