@@ -21,11 +21,12 @@ def report(found: Mapping[str, Any]) -> str:
         if not rounds:
             continue
         machine = part["machine"]
+        possible = machine["cores"] * peak(rounds)
         parts += [
             f"### {name}: {len(rounds)} rounds, {part['images']:,} images, "
             f"{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}",
             "",
-            pruned(rounds) if name.startswith("pruned") else equal(rounds),
+            (pruned if name.startswith("pruned") else equal)(rounds, possible),
             profile([each["hpo"] for each in rounds]),
         ]
         if name.startswith("pruned"):
@@ -33,8 +34,11 @@ def report(found: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def equal(rounds: Rounds) -> str:
-    """The same work: seconds, how much longer than hpo in the same round, what it came to."""
+def equal(rounds: Rounds, possible: float) -> str:
+    """The same work: seconds, how much longer than hpo in the same round, what it came to.
+
+    possible: floating-point operations a second that the machine was once seen to do.
+    """
     rows = []
     for arm in arms_of(rounds):
         took = [each[arm]["seconds"] for each in rounds if arm in each]
@@ -43,7 +47,7 @@ def equal(rounds: Rounds) -> str:
             arm, spread(took, 1), spread(ratios, 2),
             spread([each[arm]["trials_per_hour"] for each in rounds if arm in each], 0),
             spread([each[arm]["images_per_second"] for each in rounds if arm in each], 0),
-            spread([100 * each[arm]["mfu"] for each in rounds if arm in each], 1),
+            spread([100 * mfu(each[arm], possible) for each in rounds if arm in each], 1),
             spread([each[arm]["mean_value"] for each in rounds if arm in each], 4),
             f"{rounds[0][arm]['optimizer_steps']:,}" if arm in rounds[0] else "",
         ])  # fmt: skip
@@ -52,7 +56,7 @@ def equal(rounds: Rounds) -> str:
     return table(header, rows)
 
 
-def pruned(rounds: Rounds) -> str:
+def pruned(rounds: Rounds, possible: float) -> str:
     """Each tool's own pruning: seconds until an accuracy that all arms of the round reach."""
     rows = []
     for arm in arms_of(rounds):
@@ -67,7 +71,7 @@ def pruned(rounds: Rounds) -> str:
             ", ".join(trials_of(each[arm]) for each in done), spread(until, 1),
             spread(ratios, 2), spread([each[arm]["best"] for each in done], 4),
             spread([best_at(each[arm]["curve"], each["hpo"]["seconds"]) for each in done], 4),
-            spread([100 * each[arm]["mfu"] for each in done], 1),
+            spread([100 * mfu(each[arm], possible) for each in done], 1),
         ])  # fmt: skip
     goals = ", ".join(f"{target(each):.4f}" for each in rounds)
     header = ["arm", "s", "trials", f"s until {goals}", "times hpo's", "best accuracy",
@@ -92,6 +96,16 @@ def profile(studies: Sequence[Mapping[str, Any]]) -> str:
         for part, seconds in spent.items()
     ]
     return table([f"of hpo's {len(workers)} workers", "s", "%"], rows)
+
+
+def peak(rounds: Rounds) -> float:
+    """The best that one core was seen to do: measured after each arm, neighbours lower it."""
+    return max(float(row["peak_flops"]) for each in rounds for row in each.values())
+
+
+def mfu(row: Mapping[str, Any], possible: float) -> float:
+    """Of a whole study: operations of its steps over what could have been done meanwhile."""
+    return float(row["flops"]) / (row["seconds"] * possible)
 
 
 def trials_of(row: Mapping[str, Any]) -> str:

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import study
 from benchmarks.gpu import PUBLISHED, Loop, loop_table, main
 
 
@@ -15,21 +17,29 @@ def one_thread() -> None:
 
 
 def test_all_of_it_is_measured_and_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The studies themselves are run by test_study."""
+    asked: list[tuple[str, int, int, int]] = []
+
+    def run(arm: str, kind: study.Kind, _seed: int, num_images: int) -> dict[str, Any]:
+        assert study.command_of(arm)
+        asked.append((arm, kind["num_trials"], kind["epochs"], num_images))
+        return {"trials_per_hour": 4321.0, "images_per_second": 1.0, "seconds": 9.0, "best": 0.5}
+
+    monkeypatch.setattr(study, "run", run)
     out = tmp_path / "gpu.json"
-    command = "--device cpu --backbone smallcnn --noise 256 --images 400 --workers 2 --trials 2"
+    command = "--device cpu --backbone smallcnn --noise 256 --images 400 --workers 1,2 --trials 7"
     main([*command.split(), "--out", str(out)])
     found = json.loads(out.read_text())
     assert [row["backbone"] for row in found["loop"]] == ["smallcnn", "smallcnn"]
     assert all(row["images_per_second"] > 0 and row["tflops"] > 0 for row in found["loop"])
-    assert {arm: row["num_whole"] for arm, row in found["workers"].items()} == {
-        "hpo, 2 workers": 12
-    }
-    assert found["study"]["num_trials"] == 2
+    assert asked == [
+        ("hpo, 1 worker", 12, 2, 400), ("hpo, 2 workers", 12, 2, 400), ("hpo, 1 worker", 7, 8, 400)
+    ]  # fmt: skip
     printed = capsys.readouterr().out
-    assert "| hpo, 2 workers |" in printed
-    assert "2 trials:" in printed
+    assert "| hpo, 2 workers | 4,321 |" in printed
+    assert "7 trials: 9 s, best 0.5000" in printed
 
 
 def test_published_figures_stand_beside_ours() -> None:

@@ -22,8 +22,10 @@ from benchmarks.study import (
     summary,
 )
 from benchmarks.study_report import best_at, profile, report, seconds_until
+from trainer.config import TrainConfig
 from trainer.data.fashion_mnist import _read
 from trainer.data.registry import load
+from trainer.flops import training_flops
 
 
 def test_all_arms_are_given_the_same_configurations() -> None:
@@ -56,20 +58,26 @@ def test_an_arm_is_counted_by_its_reports() -> None:
     assert found["optimizer_steps"] == 3 * 15  # 900 images by 64, and a part of a batch
     assert found["images_per_second"] == 270.0
     assert found["curve"] == [(3.0, 0.5), (6.0, 0.75)]
-    assert 0 < found["mfu"] < 1
+    assert found["flops"] == 2700 * training_flops(
+        TrainConfig(backbone="smallcnn"), input_size=(1, 28, 28), num_classes=10
+    )
+    assert found["peak_flops"] > 1e9
 
 
 def test_the_table_says_how_many_times_longer_an_arm_took_in_the_same_round() -> None:
     def row(seconds: float, best: float) -> dict[str, Any]:
         return {"seconds": seconds, "num_trials": 12, "num_whole": 12, "optimizer_steps": 100,
-                "images_per_second": 1.0, "trials_per_hour": 1.0, "mfu": 0.5, "mean_value": 0.8,
-                "best": best, "curve": [[seconds / 4, 0.7], [seconds / 2, best]]}  # fmt: skip
+                "images_per_second": 1.0, "trials_per_hour": 1.0, "mean_value": 0.8,
+                "flops": 60.0, "peak_flops": seconds / 2, "best": best,
+                "curve": [[seconds / 4, 0.7], [seconds / 2, best]]}  # fmt: skip
 
     rounds = [{"hpo": row(10, 0.9), "ray tune": row(30, 0.8)},
               {"hpo": row(20, 0.9), "ray tune": row(80, 0.8)}]  # fmt: skip
     part = {"machine": {"cores": 2, "cpu": "x", "torch": "y"}, "images": 10, "rounds": rounds}
     text = report({"equal": part})
     assert "| ray tune | 55.0 +- 35.4 | 3.50 +- 0.71 |" in text
+    # 60 operations in 80 s, where two cores could have done 2 * 40 a second
+    assert "| 1.7 +- 1.1 | 0.8000 +- 0.0000 | 100 |" in text
     # both reach 0.8: hpo with its second report after half of its time
     assert "| ray tune | 55 +- 35 | 12, 12 | 27.5 +- 17.7 | 3.50 +- 0.71 |" in report(
         {"pruned": part}
