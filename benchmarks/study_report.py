@@ -105,7 +105,7 @@ def peak(rounds: Rounds) -> float:
 
 def mfu(row: Mapping[str, Any], possible: float) -> float:
     """Of a whole study: operations of its steps over what could have been done meanwhile."""
-    return float(row["flops"]) / (row["seconds"] * possible)
+    return float(row["flops"] / (row["seconds"] * possible))
 
 
 def trials_of(row: Mapping[str, Any]) -> str:
