@@ -11,9 +11,7 @@ Its logic is tested on a CPU, with a smaller network.
 """
 
 import argparse
-import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,39 +35,27 @@ PUBLISHED = {
 """PFLOP of a whole training and its seconds, by github.com/KellerJordan/cifar10-airbench."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Loop:
-    """A training to be timed; its first epoch doesn't count."""
-
-    device: str
-    backbone: str = "resnet18"
-    size: tuple[int, int, int] = (3, 32, 32)
-    num_images: int = 50_000
-    batch: int = 512
-    epochs: int = 4
-
-    def measure(self, *, graphs: bool) -> dict[str, Any]:
-        """Images per second of the slowest epoch but the first, and what they are in TFLOP/s."""
-        task = Task(device=self.device, batch=self.batch, size=self.size)
-        data = task.data(self.num_images)
-        config = TrainConfig(
-            backbone=self.backbone, batch_size=self.batch, epochs=self.epochs, lr=1e-3,
-            optimizer="sgd", flip=True, translate=4,
-        )  # fmt: skip
-        size, num_classes = data.input_size, data.num_classes
-        plan = choose_plan(
-            config, input_size=size, num_classes=num_classes, device=self.device, graphs=graphs
-        )
-        reports = [report.images_per_second for report in train(config, data, plan)]
-        speed = min(reports[-(self.epochs - 1) :])
-        flops = training_flops(config, input_size=size, num_classes=num_classes)
-        return {
-            "backbone": self.backbone,
-            "plan": plan.to_dict(),
-            "images_per_second": speed,
-            "tflops": speed * flops / 1e12,
-            "peak_mib": peak_mib(self.device),
-        }
+def loop_speed(backbone: str, task: Task, *, epochs: int, graphs: bool) -> dict[str, Any]:
+    """Images per second of the slowest epoch but the first, and what they are in TFLOP/s."""
+    data = task.data()
+    config = TrainConfig(
+        backbone=backbone, batch_size=task.batch, epochs=epochs, lr=1e-3, optimizer="sgd",
+        flip=True, translate=4,
+    )  # fmt: skip
+    size, num_classes = data.input_size, data.num_classes
+    plan = choose_plan(
+        config, input_size=size, num_classes=num_classes, device=task.device, graphs=graphs
+    )
+    reports = [report.images_per_second for report in train(config, data, plan)]
+    speed = min(reports[-(epochs - 1) :])
+    flops = training_flops(config, input_size=size, num_classes=num_classes)
+    return {
+        "backbone": backbone,
+        "plan": plan.to_dict(),
+        "images_per_second": speed,
+        "tflops": speed * flops / 1e12,
+        "peak_mib": peak_mib(task.device),
+    }
 
 
 def loop_table(rows: list[dict[str, Any]]) -> str:
@@ -95,40 +81,37 @@ def workers_table(rows: dict[str, dict[str, Any]]) -> str:
     return table(["equal study", "trials/h", "images/s", "s"], cells)
 
 
-def measure(loop: Loop, workers: list[int], *, num_images: int, trials: int) -> dict[str, Any]:
-    """All three; num_images: of Fashion-MNIST."""
-    name = torch.cuda.get_device_name(loop.device) if loop.device != "cpu" else "cpu"
-    found: dict[str, Any] = {"machine": machine(), "device": name}
-    found["loop"] = [loop.measure(graphs=graphs) for graphs in (False, True)]
-    print(loop_table(found["loop"]), flush=True)
-    arms = [f"hpo, {number} worker{'s' if number > 1 else ''}" for number in workers]
-    kind = {**study.KINDS["equal"], "epochs": loop.epochs}
-    found["workers"] = {arm: study.run(arm, kind, 0, num_images) for arm in arms}
-    print(workers_table(found["workers"]), flush=True)
-    kind = {**study.KINDS["pruned"], "num_trials": trials}
-    found["study"] = study.run("hpo, 1 worker", kind, 0, num_images)
-    print(f"{trials} trials: {found['study']['seconds']:.0f} s, best {found['study']['best']:.4f}")
-    return found
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and write."""
+    """Measure all three, and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--workers", default="1,2,4,8")
-    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--backbone", default="resnet18", help="of the loop")
+    parser.add_argument("--batch", type=int, default=512, help="of the loop")
+    parser.add_argument("--noise", type=int, default=50_000, help="images of the loop")
+    parser.add_argument("--epochs", type=int, default=4, help="of the loop and the equal study")
     parser.add_argument("--images", type=int, default=study.FULL, help="of Fashion-MNIST")
-    parser.add_argument("--noise", type=int, default=Loop.num_images, help="images of the loop")
-    parser.add_argument("--trials", type=int, default=50)
+    parser.add_argument("--trials", type=int, default=50, help="of the last study")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     if options.device != "cpu" and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device: nothing was measured")
-    loop = Loop(device=options.device, backbone=options.backbone, num_images=options.noise)
-    if options.device == "cpu":
-        loop = dataclasses.replace(loop, batch=64, epochs=2)
-    workers = [int(number) for number in options.workers.split(",")]
-    found = measure(loop, workers, num_images=options.images, trials=options.trials)
+    task = Task(
+        device=options.device, batch=options.batch, size=(3, 32, 32), num_images=options.noise
+    )
+    loop = [
+        loop_speed(options.backbone, task, epochs=options.epochs, graphs=graphs)
+        for graphs in (False, True)
+    ]
+    print(loop_table(loop), flush=True)
+    kind = {**study.KINDS["equal"], "epochs": options.epochs}
+    arms = [f"hpo, {text} worker{'s' * (text != '1')}" for text in options.workers.split(",")]
+    workers = {arm: study.run(arm, kind, 0, options.images) for arm in arms}
+    print(workers_table(workers), flush=True)
+    kind = {**study.KINDS["pruned"], "num_trials": options.trials}
+    last = study.run("hpo, 1 worker", kind, 0, options.images)
+    print(f"{options.trials} trials: {last['seconds']:.0f} s, best {last['best']:.4f}")
+    found = {"machine": machine(), "loop": loop, "workers": workers, "study": last}
     options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

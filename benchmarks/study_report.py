@@ -81,15 +81,14 @@ def pruned(rounds: Rounds, possible: float) -> str:
 
 def profile(studies: Sequence[Mapping[str, Any]]) -> str:
     """Where the seconds of hpo's workers went: of one worker in one study, by what it did."""
-    workers = [row for study in studies for row in study.get("spent", ())]
-    if not workers:
+    pairs = [(row, study["seconds"]) for study in studies for row in study.get("spent", ())]
+    if not pairs:
         return ""
-    whole = [study["seconds"] for study in studies for _ in study.get("spent", ())]
+    workers, whole = zip(*pairs, strict=True)
     parts = [part for part in workers[0] if part not in ("worker", "num_trials")]
     spent = {part: [row[part] for row in workers] for part in parts}
     spent["start and end of the command"] = [
-        seconds - sum(row[part] for part in parts)
-        for row, seconds in zip(workers, whole, strict=True)
+        seconds - sum(row[part] for part in parts) for row, seconds in pairs
     ]
     rows = [
         [part, spread(seconds, 2), f"{100 * sum(seconds) / sum(whole):.1f}"]

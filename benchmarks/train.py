@@ -60,12 +60,14 @@ class Task:
     device: str = "cpu"
     batch: int = 128
     size: tuple[int, int, int] | None = None
+    num_images: int = 10_000
+    """Of noise, and a batch more."""
 
-    def data(self, num_images: int = 10_000) -> ImageDataset:
-        """The images; so many, and a batch, where they are noise."""
+    def data(self) -> ImageDataset:
+        """The images."""
         if self.size is None:
             return load("fashion-mnist", seed=0)
-        count = num_images + self.batch
+        count = self.num_images + self.batch
         images = torch.randint(256, (count, *self.size), dtype=torch.uint8)
         split = Split(images, torch.arange(count) % 10)
         return ImageDataset(

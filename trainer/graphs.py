@@ -29,10 +29,6 @@ class Recording(NamedTuple):
     loss: Tensor
 
 
-Record = Callable[[Callable[[], Tensor]], Recording]
-"""Notes what the function does to the device, without doing it."""
-
-
 class _Shape(NamedTuple):
     """What one recording is for."""
 
@@ -51,18 +47,10 @@ class GraphedStep:
     is recorded anew. Of what the optimizer is told, only the learning rates may change.
     """
 
-    def __init__(
-        self,
-        step: Step,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        record: Record | None = None,
-    ) -> None:
-        """model, optimizer: what step trains. record: None is CUDA's."""
+    def __init__(self, step: Step, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """model, optimizer: what step trains."""
         self._step, self._model, self._optimizer = step, model, optimizer
-        self._record = record_on_cuda if record is None else record
         self._seen = Counter[_Shape]()
-        self._shape: _Shape | None = None
         self._recorded: _Recorded | None = None
         self._gives_up = False
 
@@ -70,11 +58,11 @@ class GraphedStep:
         """As Step; the loss is overwritten by the next call."""
         trained = tuple(parameter.requires_grad for parameter in self._model.parameters())
         shape = _Shape(images.shape, partners is not None, trained)
-        if self._shape is not None and self._shape.trained != trained:
-            self._shape = self._recorded = None  # its memory is free before another one is made
-        if self._shape is None and self._seen[shape] >= WARM_UP_STEPS and not self._gives_up:
+        if self._recorded is not None and self._recorded.shape.trained != trained:
+            self._recorded = None  # its memory is free before another one is made
+        if self._recorded is None and self._seen[shape] >= WARM_UP_STEPS and not self._gives_up:
             self._try_to_record(shape, images, labels, partners)
-        if self._recorded is not None and self._shape == shape:
+        if self._recorded is not None and self._recorded.shape == shape:
             return self._recorded.replay(images, labels, partners)
         self._seen[shape] += 1
         return self._step(images, labels, partners)
@@ -84,10 +72,7 @@ class GraphedStep:
     ) -> None:
         """If it can't be recorded, that is said, and not tried again."""
         try:
-            self._recorded = _Recorded(
-                self._step, self._optimizer, self._record, images, labels, partners
-            )
-            self._shape = shape
+            self._recorded = _Recorded(shape, self._step, self._optimizer, images, labels, partners)
         except RuntimeError as error:
             self._gives_up = True
             reason = " ".join(str(error).split())[:200]
@@ -99,13 +84,14 @@ class _Recorded:
 
     def __init__(
         self,
+        shape: _Shape,
         step: Step,
         optimizer: torch.optim.Optimizer,
-        record: Record,
         images: Tensor,
         labels: Tensor,
         partners: Partners | None,
     ) -> None:
+        self.shape = shape
         self._images, self._labels = images.clone(), labels.clone()
         self._share, self._partners = images.new_zeros(()), None
         if partners is not None:
@@ -117,7 +103,7 @@ class _Recorded:
             with rates_from(self._rates, optimizer):
                 return step(self._images, self._labels, self._partners)
 
-        self._recording = record(work)
+        self._recording = record_on_cuda(work)
 
     def replay(self, images: Tensor, labels: Tensor, partners: Partners | None) -> Tensor:
         """The step, on this batch."""
@@ -151,7 +137,10 @@ def rates_from(rates: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> Ite
 
 
 def record_on_cuda(work: Callable[[], Tensor]) -> Recording:
-    """A CUDA graph. Raises RuntimeError if the work waits for the device, or memory is used up."""
+    """Notes what work does to the device, without doing it.
+
+    Raises RuntimeError if work waits for the device, or memory is used up.
+    """
     graph = torch.cuda.CUDAGraph()
     # other threads may use the device meanwhile
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):

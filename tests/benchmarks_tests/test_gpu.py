@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import study
-from benchmarks.gpu import PUBLISHED, Loop, loop_table, main
+from benchmarks.gpu import PUBLISHED, loop_speed, loop_table, main
+from benchmarks.train import Task
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +30,9 @@ def test_all_of_it_is_measured_and_written(
 
     monkeypatch.setattr(study, "run", run)
     out = tmp_path / "gpu.json"
-    command = "--device cpu --backbone smallcnn --noise 256 --images 400 --workers 1,2 --trials 7"
-    main([*command.split(), "--out", str(out)])
+    loop = "--device cpu --backbone smallcnn --batch 64 --noise 256 --epochs 2"
+    studies = "--images 400 --workers 1,2 --trials 7"
+    main([*loop.split(), *studies.split(), "--out", str(out)])
     found = json.loads(out.read_text())
     assert [row["backbone"] for row in found["loop"]] == ["smallcnn", "smallcnn"]
     assert all(row["images_per_second"] > 0 and row["tflops"] > 0 for row in found["loop"])
@@ -62,6 +64,7 @@ def test_without_a_gpu_nothing_is_measured_and_that_is_said(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_the_loop_runs_with_graphs() -> None:
-    row = Loop(device="cuda:0", num_images=10_000).measure(graphs=True)
+    task = Task(device="cuda:0", batch=512, size=(3, 32, 32))
+    row = loop_speed("resnet18", task, epochs=2, graphs=True)
     assert row["plan"]["graphs"]
     assert row["peak_mib"] > 100
