@@ -1,7 +1,7 @@
 """The product's own commands under the faults of FAULTS.md.
 
     python -m benchmarks.chaos --short                some minutes, as the tests do it
-    python -m benchmarks.chaos --long                 about an hour; writes benchmarks/chaos.md
+    python -m benchmarks.chaos --long --out F         about an hour; make chaos writes chaos.md
     python -m benchmarks.chaos --rows 1,2,8 --out F   some rows
 
 `stage` runs the commands, `rows` does the faults, `audit` compares what was found with the

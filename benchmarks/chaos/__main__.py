@@ -33,7 +33,8 @@ def main() -> int:
             for finding in findings_of(where, row, long=not options.short):
                 found.append(finding)
                 print(line(finding), flush=True)
-                options.out.write_text(document(found, form))
+                if options.out is not None:
+                    options.out.write_text(document(found, form))
     return int(any(finding.violations for finding in found))
 
 
@@ -44,8 +45,7 @@ def parse() -> argparse.Namespace:
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument("--short", action="store_true", help=f"rows {', '.join(SHORT)}, minutes")
     forms.add_argument("--long", action="store_true", help="all rows, about an hour; the default")
-    default = Path(__file__).parents[1] / "chaos.md"
-    parser.add_argument("--out", type=Path, default=default, metavar="FILE")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there, too")
     parser.add_argument(
         "--keep", type=Path, metavar="FOLDER", help="of logs and witnesses, to look into them"
     )
