@@ -14,6 +14,7 @@ import typer
 
 from hpo.arguments import Earlier, Modules, Pruner, Sampler, Settings, Tries
 from hpo.errors import ExitCode, UsageError, exit_code
+from hpo.imports import import_all
 
 app = typer.Typer(
     add_completion=False,
@@ -136,8 +137,13 @@ def launch(
     as_json: AsJson = False,
 ) -> None:
     """Search: create a study or go on with it, until its budget of trials is used up."""
-    from hpo import launch as launching
     from hpo.executors.local import warm_up
+
+    if not detach:  # it takes longest: all else is done beside it
+        warm_up(for_modules=module is not None)
+    import_all(["hpo.launch"])
+
+    from hpo import launch as launching
     from hpo.limits import Limits
     from hpo.options import LaunchOptions
     from hpo.progress import reading_bar
@@ -175,8 +181,7 @@ def launch(
         ),
     )
     database = _open(storage)
-    if not detach:
-        warm_up(for_modules=module is not None)
+    import_all(["trainer.device", "trainer.data.registry"])
     with reading_bar(sys.stderr) as progress:
         record = launching.prepare_study(database, options, progress)
     watch = _watch(database, record, options, storage=storage, command=launch_command(record.name))
@@ -202,6 +207,8 @@ def worker(
     storage: Storage = None,
 ) -> None:
     """Run one worker here, for a study launched anywhere."""
+    import_all(["hpo.worker"])
+
     from hpo.worker import Worker
     from trainer.device import available_devices
 

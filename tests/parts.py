@@ -121,8 +121,8 @@ class Hpo:
         """Of each command."""
         return {**os.environ, "HPO_HOME": str(self.home), **self.variables}
 
-    def start(self, *args: str) -> subprocess.Popen[str]:
-        """The command, running."""
+    def start(self, *args: str, own_session: bool = False) -> subprocess.Popen[str]:
+        """The command, running. own_session: as in a terminal of its own."""
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "hpo.cli", *args],
             stdin=subprocess.DEVNULL,
@@ -131,6 +131,7 @@ class Hpo:
             text=True,
             env=self.environment,
             cwd=self.home,
+            start_new_session=own_session,
         )
 
     def run(self, *args: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:

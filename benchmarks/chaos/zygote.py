@@ -118,8 +118,7 @@ def main() -> None:
     from hpo.executors.local import PRELOADED
     from trainer.data.registry import load
 
-    for name in PRELOADED:
-        importlib.import_module(name)
+    importlib.import_module(PRELOADED)
 
     load("digits", seed=0)
     buffer = b""

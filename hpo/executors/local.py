@@ -6,6 +6,8 @@ seconds, and what torch occupies is shared. A worker runs the same command line 
 hpo worker.
 """
 
+import atexit
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -23,16 +25,10 @@ from hpo.errors import UsageError
 from hpo.logs import open_log
 from storage.home import home
 
-PRELOADED = [
-    "hpo.worker",
-    "hpo.cli",
-    # what a worker would import by itself, each one anew
-    "alembic.command",
-    "sqlalchemy.dialects.postgresql.psycopg2",
-    "trainer.data.registry",
-]
-LIGHTNING = ["lightning.pytorch"]
-"""Beside them where a study has LightningModules; it is as long as torch in coming."""
+PRELOADED = "hpo.executors.preloaded"
+LIGHTNING = "lightning.pytorch"
+"""Beside it where a study has LightningModules; it is as long as torch in coming."""
+_OF_THE_TERMINAL = (signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +124,26 @@ def warm_up(*, for_modules: bool = False) -> None:
 
     for_modules: and Lightning.
     """
-    multiprocessing.set_forkserver_preload([*PRELOADED, *(LIGHTNING if for_modules else ())])
-    # a closed terminal is the launcher's business, which tells the workers
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    multiprocessing.set_forkserver_preload([PRELOADED, *([LIGHTNING] if for_modules else [])])
+    # Ctrl-C and a closed terminal are the launcher's business, which tells the workers
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _OF_THE_TERMINAL}
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGHUP, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    atexit.unregister(cool_down)
+    atexit.register(cool_down)
+
+
+def cool_down() -> None:
+    """End that server, if there is one, at once: left to itself it would finish what it loads and
+    take torch apart, and whoever reads this process's output would wait for it.
+    """
+    pid = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _run_worker(
@@ -147,6 +156,7 @@ def _run_worker(
 ) -> None:
     """In the new process: a session of its own, for Ctrl-C is the launcher's to forward."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     output = open_log(log)
     os.dup2(output, sys.stdout.fileno())
     os.dup2(output, sys.stderr.fileno())
