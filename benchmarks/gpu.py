@@ -1,10 +1,11 @@
 """What a GPU is used for: the speed of the loop, of several workers on it, of a whole study.
 
-    python -m benchmarks.gpu [--device cuda:0] [--workers 1,2,4,8]       writes benchmarks/gpu.json
+    python -m benchmarks.gpu [--device cuda:0] [--workers auto,1,2,4,8]  writes benchmarks/gpu.json
 
 loop: images per second of whole epochs of resnet18 on images of 3x32x32 (50,000, noise), without
 and with CUDA graphs, beside what is published of loops that are written for one network.
-workers: trials per hour of benchmarks.study's equal study, four epochs each, by so many workers.
+workers: trials per hour of benchmarks.study's equal study, four epochs each, by so many workers;
+auto are as many as hpo itself finds to be best (hpo.sharing), for which it takes time of its study.
 study: 50 trials on Fashion-MNIST, with pruning, by one worker.
 
 Its logic is tested on a CPU, with a smaller network.
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure all three, and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--workers", default="1,2,4,8")
+    parser.add_argument("--workers", default="auto,1,2,4,8")
     parser.add_argument("--backbone", default="resnet18", help="of the loop")
     parser.add_argument("--batch", type=int, default=512, help="of the loop")
     parser.add_argument("--noise", type=int, default=50_000, help="images of the loop")
@@ -105,7 +106,10 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     print(loop_table(loop), flush=True)
     kind = {**study.KINDS["equal"], "epochs": options.epochs}
-    arms = [f"hpo, {text} worker{'s' * (text != '1')}" for text in options.workers.split(",")]
+    arms = [
+        "hpo" if text == "auto" else f"hpo, {text} worker{'s' * (text != '1')}"
+        for text in options.workers.split(",")
+    ]
     workers = {arm: study.run(arm, kind, 0, options.images) for arm in arms}
     print(workers_table(workers), flush=True)
     kind = {**study.KINDS["pruned"], "num_trials": options.trials}

@@ -81,7 +81,11 @@ def launch(
         int | None, typer.Option(help="Of a trial that isn't stopped.  [default: by the data]")
     ] = None,
     workers: Annotated[
-        str, typer.Option(metavar="N|auto", help="auto: one on each GPU, or on each core.")
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="auto: as many on each GPU as together train most, without one one on each core.",
+        ),
     ] = "auto",
     devices: Annotated[
         str | None, typer.Option(metavar="cuda:0,...", help="Devices to use.  [default: all]")
@@ -563,7 +567,7 @@ def _watch(
     from hpo.watch import Watch
 
     executor = launching.make_executor(
-        record, options or LaunchOptions(), storage_url=storage, command_line=main
+        record, options or LaunchOptions(), storage_url=storage, command_line=main, say=_say
     )
     num_epochs = int(record.spec["space"]["epochs"])
     return Watch(
@@ -588,6 +592,10 @@ def _the_study(database: Any, name: str | None) -> Any:
     if name is None:
         raise UsageError(f"which study? Give --study: there is {names}")
     raise UsageError(f"no study {name[:80]!r} here: there is {names}")
+
+
+def _say(words: str) -> None:
+    typer.echo(words, err=True)
 
 
 def _print_json(document: Any) -> None:

@@ -1,6 +1,5 @@
 """What would go wrong in the night, found in the minute before."""
 
-import multiprocessing
 import os
 import platform
 import shutil
@@ -13,19 +12,20 @@ from typing import TYPE_CHECKING, Any, Literal
 from sqlalchemy import text
 
 from hpo.errors import ExitCode, exit_code
-from hpo.executors.local import num_cores, warm_up, worker_devices
+from hpo.executors.local import num_cores
 from hpo.forecast import Forecast, Pace, forecast
-from hpo.launch import DEFAULT_BUDGET
+from hpo.launch import DEFAULT_BUDGET, devices_of_workers
 from hpo.module_space import unheard
 from hpo.options import LaunchOptions
 from hpo.progress import duration
 from hpo.settle import check_backbones, settle
 from hpo.space import Range
 from hpo.spec import StudySpec
+from hpo.speeds import Crew
 from storage.database import Database
 from storage.home import home
 from storage.schema import ensure_tables
-from trainer.config import DataError, TrainConfig, TrainingFailure, is_module
+from trainer.config import DataError, TrainingFailure
 from trainer.data.options import Progress
 from trainer.data.registry import settled_source
 
@@ -230,31 +230,24 @@ def _beyond_the_data(spec: StudySpec, data: "ImageDataset", num_train: int) -> I
 
 def _speed(spec: StudySpec, options: LaunchOptions, work: "EpochWork") -> Iterator[Finding]:
     """Images per second of each backbone with all workers busy, and when the study ends."""
-    from trainer.device import available_devices
-
-    devices = worker_devices(available_devices(), options.devices, options.workers)
+    said: list[str] = []
+    devices = devices_of_workers(spec, options, said.append)
     yield from _hardware(devices, work.image_bytes)
+    yield from (Finding(about="workers", level="ok", text=words) for words in said)
     paces: dict[str, Pace] = {}
-    for backbone in spec.space.choices("backbone"):
-        found = _measure_together(spec, backbone, devices)
-        if isinstance(found, str):
-            yield Finding(about="speed", level="problem", text=f"{backbone}: {found}",
-                          code=ExitCode.USAGE)  # fmt: skip
-            continue
-        pace = Pace(
-            train=statistics.fmean(speed.train for speed in found),
-            evaluate=statistics.fmean(speed.evaluate for speed in found),
-        )
-        paces[backbone] = pace
-        one = found[0]
-        layout = " channels_last" if one.channels_last else ""
-        split = f", {one.micro_batch} images at once" if one.micro_batch else ""
-        yield Finding(
-            about="speed",
-            level="ok",
-            text=f"{backbone}: {pace.train:,.0f} images/s a worker with {len(devices)} at work, "
-            f"{work.num_trained / pace.train:,.0f} s an epoch ({one.precision}{layout}{split})",
-        )
+    with Crew(spec, devices) as crew:
+        for backbone in spec.space.choices("backbone"):
+            try:
+                found = crew.speeds(backbone, seconds=PROBE_SECONDS)
+            except TrainingFailure as failure:
+                yield Finding(about="speed", level="problem", text=f"{backbone}: {failure}",
+                              code=ExitCode.USAGE)  # fmt: skip
+                continue
+            paces[backbone] = Pace(
+                train=statistics.fmean(speed.train for speed in found),
+                evaluate=statistics.fmean(speed.evaluate for speed in found),
+            )
+            yield _pace(backbone, paces[backbone], found, work)
     if paces:
         num_trials = options.trials or DEFAULT_BUDGET
         end = forecast(
@@ -267,6 +260,18 @@ def _speed(spec: StudySpec, options: LaunchOptions, work: "EpochWork") -> Iterat
             paces=paces,
         )
         yield Finding(about="end", level="ok", text=_end(end, num_trials, len(devices)))
+
+
+def _pace(backbone: str, pace: Pace, found: "Sequence[Speed]", work: "EpochWork") -> Finding:
+    one = found[0]
+    layout = " channels_last" if one.channels_last else ""
+    split = f", {one.micro_batch} images at once" if one.micro_batch else ""
+    return Finding(
+        about="speed",
+        level="ok",
+        text=f"{backbone}: {pace.train:,.0f} images/s a worker with {len(found)} at work, "
+        f"{work.num_trained / pace.train:,.0f} s an epoch ({one.precision}{layout}{split})",
+    )
 
 
 def _end(end: Forecast, num_trials: int, num_workers: int) -> str:
@@ -303,29 +308,3 @@ def _hardware(devices: Sequence[str], images: int) -> Iterator[Finding]:
         text=f"{memory / 2**30:.0f} GiB; {len(devices)} workers want about "
         f"{wanted / 2**30:.1f} GiB, {images / 2**20:.0f} MiB of images each",
     )
-
-
-def _measure_together(
-    spec: StudySpec, backbone: str, devices: Sequence[str]
-) -> "list[Speed] | str":
-    """One speed a worker, all of them at work at once; in words why it can't be trained."""
-    warm_up(for_modules=is_module(backbone))
-    context = multiprocessing.get_context("forkserver")
-    with context.Pool(len(devices)) as pool:
-        jobs = [(spec, backbone, device, index) for index, device in enumerate(devices)]
-        try:
-            return pool.starmap(_measure, jobs, chunksize=1)
-        except TrainingFailure as failure:
-            return str(failure)
-
-
-def _measure(spec: StudySpec, backbone: str, device: str, index: int) -> "Speed":
-    """In a process of its own, pinned as a worker is."""
-    from trainer.speed import measure_speed
-
-    if device == "cpu" and hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[index % len(cores)]})
-    data = spec.load_data()
-    config = TrainConfig.from_dict({**spec.space.middle(), "backbone": backbone})
-    return measure_speed(config, data, device=device, seconds=PROBE_SECONDS)

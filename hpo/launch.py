@@ -16,6 +16,7 @@ from hpo.options import LaunchOptions
 from hpo.points import add_points
 from hpo.samplers import grid_size
 from hpo.settle import check_backbones, settle
+from hpo.sharing import Say, shared
 from hpo.spec import StudySpec, check_study_name
 from hpo.warm_start import starting_points
 from storage.database import Database
@@ -118,17 +119,29 @@ def _name_and_data(database: Database, options: LaunchOptions) -> tuple[str, str
     return check_study_name(options.study or source_name(data)), data
 
 
+def devices_of_workers(spec: StudySpec, options: LaunchOptions, say: Say) -> list[str]:
+    """A device for each worker of this study. Raises UsageError for devices that aren't there.
+
+    say: is told of what is measured. Imports torch.
+    """
+    from trainer.device import available_devices
+
+    devices = worker_devices(available_devices(), options.devices, options.workers)
+    if options.workers == "auto" and any(device.startswith("cuda") for device in devices):
+        return shared(spec, devices, say)
+    return devices
+
+
 def make_executor(
     record: StudyRecord,
     options: LaunchOptions,
     *,
     storage_url: str | None,
     command_line: Callable[[list[str]], None],
+    say: Say,
 ) -> LocalExecutor:
     """Where this study's workers run. Raises UsageError for devices that aren't there."""
-    from trainer.device import available_devices
-
-    devices = worker_devices(available_devices(), options.devices, options.workers)
+    devices = devices_of_workers(StudySpec.from_json(record.spec), options, say)
     if devices.count("cpu") > num_cores():
         logger.warning("%d workers on %d cores: slower than one a core", len(devices), num_cores())
     return LocalExecutor(

@@ -31,6 +31,14 @@ def is_probed(device: str) -> bool:
     return torch.device(device).type != "cpu"
 
 
+def memory_share(device: str) -> float:
+    """Of the device's memory, what is taken by all processes together; 0 where none can say."""
+    if torch.device(device).type != "cuda":
+        return 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    return 1 - free / total
+
+
 def micro_batch_that_fits(
     config: TrainConfig, input_size: Shape, device: str, attempt: Callable[[int], None]
 ) -> int | None:

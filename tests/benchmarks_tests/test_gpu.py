@@ -31,13 +31,14 @@ def test_all_of_it_is_measured_and_written(
     monkeypatch.setattr(study, "run", run)
     out = tmp_path / "gpu.json"
     loop = "--device cpu --backbone smallcnn --batch 64 --noise 256 --epochs 2"
-    studies = "--images 400 --workers 1,2 --trials 7"
+    studies = "--images 400 --workers auto,1,2 --trials 7"
     main([*loop.split(), *studies.split(), "--out", str(out)])
     found = json.loads(out.read_text())
     assert [row["backbone"] for row in found["loop"]] == ["smallcnn", "smallcnn"]
     assert all(row["images_per_second"] > 0 and row["tflops"] > 0 for row in found["loop"])
     assert asked == [
-        ("hpo, 1 worker", 12, 2, 400), ("hpo, 2 workers", 12, 2, 400), ("hpo, 1 worker", 7, 8, 400)
+        ("hpo", 12, 2, 400), ("hpo, 1 worker", 12, 2, 400), ("hpo, 2 workers", 12, 2, 400),
+        ("hpo, 1 worker", 7, 8, 400),
     ]  # fmt: skip
     printed = capsys.readouterr().out
     assert "| hpo, 2 workers | 4,321 |" in printed

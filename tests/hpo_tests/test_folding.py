@@ -1,9 +1,11 @@
 """A study with folds: what is settled, forecast, trained, re-checked, replayed and exported."""
 
+import contextlib
 import dataclasses
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,7 +172,8 @@ def test_the_doctors_forecast_is_k_times_as_long_and_says_why(
     speed = Speed(
         train=10.0, evaluate=20.0, precision="fp32", channels_last=False, micro_batch=None
     )
-    monkeypatch.setattr(doctor, "_measure_together", lambda *_: [speed])
+    crew = SimpleNamespace(speeds=lambda *_, **__: [speed])
+    monkeypatch.setattr(doctor, "Crew", lambda *_: contextlib.nullcontext(crew))
 
     def found(folds: int | None) -> dict[str, str]:
         given = options(batch_of_ten, folds=folds, workers="1", trials=40)

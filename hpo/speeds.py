@@ -1,0 +1,81 @@
+"""How fast workers train while all of them are at work."""
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from hpo.executors.local import warm_up
+from hpo.spec import StudySpec
+from trainer.config import TrainConfig, is_module
+
+if TYPE_CHECKING:
+    from trainer.speed import Speed
+
+
+class Crew:
+    """A process for each worker that there would be, to be asked together. A context manager."""
+
+    def __init__(self, spec: StudySpec, devices: Sequence[str]) -> None:
+        """devices: one a process, by torch's names, the same one as often as wanted."""
+        self._spec, self._devices = spec, devices
+        warm_up(for_modules=any(map(is_module, spec.space.choices("backbone"))))
+        self._pool = multiprocessing.get_context("forkserver").Pool(len(devices))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.terminate()
+        self._pool.join()
+
+    def speeds(
+        self, backbone: str, *, seconds: float, batch_size: int | None = None
+    ) -> "list[Speed]":
+        """One a process, all at once. batch_size: None is the space's middle one.
+
+        Raises TrainingFailure if it can't be trained.
+        """
+        jobs = [
+            (self._spec, backbone, device, index, seconds, batch_size)
+            for index, device in enumerate(self._devices)
+        ]
+        return self._pool.starmap(_measure, jobs, chunksize=1)
+
+    def memory_share(self) -> float:
+        """Of the first device's memory, what is taken while all these processes hold theirs."""
+        return self._pool.apply(_memory_share, (self._devices[0],))
+
+
+def _measure(
+    spec: StudySpec,
+    backbone: str,
+    device: str,
+    index: int,
+    seconds: float,
+    batch_size: int | None,
+) -> "Speed":
+    """In a process of its own, pinned as a worker is."""
+    from trainer.speed import measure_speed
+
+    if device == "cpu" and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[index % len(cores)]})
+    fields = {**spec.space.middle(), "backbone": backbone}
+    if batch_size is not None:
+        fields["batch_size"] = batch_size
+    return measure_speed(
+        TrainConfig.from_dict(fields), spec.load_data(), device=device, seconds=seconds
+    )
+
+
+def _memory_share(device: str) -> float:
+    from trainer.memory import memory_share
+
+    return memory_share(device)
