@@ -230,10 +230,8 @@ def _beyond_the_data(spec: StudySpec, data: "ImageDataset", num_train: int) -> I
 
 def _speed(spec: StudySpec, options: LaunchOptions, work: "EpochWork") -> Iterator[Finding]:
     """Images per second of each backbone with all workers busy, and when the study ends."""
-    said: list[str] = []
-    devices = devices_of_workers(spec, options, said.append)
+    devices = devices_of_workers(spec, options, lambda _: None)
     yield from _hardware(devices, work.image_bytes)
-    yield from (Finding(about="workers", level="ok", text=words) for words in said)
     paces: dict[str, Pace] = {}
     with Crew(spec, devices) as crew:
         for backbone in spec.space.choices("backbone"):
@@ -291,7 +289,8 @@ def _hardware(devices: Sequence[str], images: int) -> Iterator[Finding]:
             driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
             words = (
                 f"{found.name}, {found.total_memory / 2**30:.0f} GiB, driver for CUDA "
-                f"{driver // 1000}.{driver % 1000 // 10}, torch built for {torch.version.cuda}"
+                f"{driver // 1000}.{driver % 1000 // 10}, torch built for {torch.version.cuda}, "
+                f"workers on it: {devices.count(device)}"
             )
             yield Finding(about=device, level="ok", text=words)
         else:

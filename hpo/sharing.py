@@ -48,14 +48,17 @@ def shared(spec: StudySpec, devices: Sequence[str], say: Say) -> list[str]:
 def _number_on(spec: StudySpec, device: str, most: int, say: Say) -> int:
     if not device.startswith("cuda") or most < 2:
         return 1
-    rows = measured_once(_what(spec, device), lambda: measure(spec, device, most, say), _check)
-    number = best_number(rows[:most])
-    speeds = ", ".join(f"{row['images_per_second']:,.0f}" for row in rows)
-    say(f"{device}: {number} worker{'s' * (number > 1)} (images/s by 1, 2, ... of them: {speeds})")
+    what = _what(spec, device, most)
+    rows = measured_once(what, lambda: measure(spec, device, most, say), _check)
+    number = best_number(rows)
+    if rows:
+        speeds = ", ".join(f"{row['images_per_second']:,.0f}" for row in rows)
+        ending = "s" * (number > 1)
+        say(f"{device}: {number} worker{ending} (images/s by 1, 2, ... of them: {speeds})")
     return number
 
 
-def _what(spec: StudySpec, device: str) -> str:
+def _what(spec: StudySpec, device: str, most: int) -> str:
     import torch
 
     fields = spec.space.middle()
@@ -65,7 +68,10 @@ def _what(spec: StudySpec, device: str) -> str:
     backbones = ",".join(map(str, spec.space.choices("backbone")))
     name = torch.cuda.get_device_name(device)
     mps = " under MPS" if mps_runs() else ""
-    return f"workers of a {name}{mps} for {backbones} on {spec.fingerprint}, {' '.join(about)}"
+    return (
+        f"up to {most} workers of a {name}{mps} for {backbones} on {spec.fingerprint}, "
+        f"{' '.join(about)}"
+    )
 
 
 def measure(spec: StudySpec, device: str, most: int, say: Say) -> list[dict[str, float]]:
