@@ -110,9 +110,9 @@ class _Block(nn.Module):
         inner = functional.relu(self.bn1(self.conv1(x)), inplace=True)
         inner = self.bn2(self.conv2(inner))
         if self.new_channels > 0:
-            x = functional.pad(
-                x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels)
-            )
+            # every second pixel; of a slice the gradient would lose its memory format
+            x = functional.avg_pool2d(x, 1, self.stride)
+            x = functional.pad(x, (0, 0, 0, 0, 0, self.new_channels))
         return functional.relu(inner + x, inplace=True)
 
 

@@ -4,6 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainer.device
 from trainer.backbones import build
@@ -117,6 +120,59 @@ def test_channels_last_reaches_filters_and_images() -> None:
     assert all(f.is_contiguous(memory_format=torch.channels_last) for f in filters)
     images = plan.lay_out(torch.randn(2, 3, 8, 8))
     assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+class _Formats(TorchDispatchMode):
+    """Operations on images of two memory formats at once, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        formats = {
+            value.is_contiguous(memory_format=torch.channels_last)
+            for value in args
+            if isinstance(value, Tensor) and value.ndim == 4
+        }
+        if len(formats) > 1:
+            self.mixed.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def gradients_of(backbone: str, *, hooks: bool) -> tuple[list[Tensor], list[str]]:
+    """Of one step on channels_last images, and the operations on two formats."""
+    config = TrainConfig(backbone=backbone, seed=3)
+    plan = DevicePlan(device="cpu", channels_last=True)
+    model = plan.place(build(config, input_size=(3, 32, 32), num_classes=5))
+    if not hooks:
+        for module in model.modules():
+            module._forward_pre_hooks.clear()
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    loss = functional.cross_entropy(model(plan.lay_out(images)), torch.arange(4))
+    with _Formats() as formats:
+        torch.autograd.backward(loss)
+    return [p.grad for p in model.parameters() if p.grad is not None], formats.mixed
+
+
+@pytest.mark.parametrize(
+    ("backbone", "tolerance"),
+    [
+        *((backbone, 0.0) for backbone in ("smallcnn", "resnet8", "resnet20", "resnet18")),
+        ("mobilenet_v3_small", 1e-5),  # its hardswish rounds otherwise where it can take eight
+    ],
+)
+def test_gradients_keep_channels_last_all_the_way_and_their_values(
+    backbone: str, tolerance: float
+) -> None:
+    expected, without = gradients_of(backbone, hooks=False)
+    found, mixed = gradients_of(backbone, hooks=True)
+    assert without  # or the hooks have nothing left to do
+    assert not mixed
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_bf16_is_a_matter_of_the_context_and_weights_stay_fp32() -> None:
