@@ -37,7 +37,7 @@ from typing import IO, Any
 
 import psycopg2
 
-from benchmarks.study_report import report
+from benchmarks.study_report import RESULT, report
 from hpo.executors.local import num_cores
 from hpo.measured import machine
 from storage.embedded import EmbeddedPostgres
@@ -45,7 +45,6 @@ from trainer.config import TrainConfig
 from trainer.data.fashion_mnist import DEBIAN_FOLDER
 from trainer.flops import peak_flops, training_flops
 
-RESULT = Path(__file__).with_suffix(".json")
 BATCHES, LRS = (64, 128, 256), (3e-4, 3e-2)
 BACKBONES = ("smallcnn", "resnet8")
 NUM_CORES = num_cores()
@@ -303,7 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not kind["prunes"]:
             steps = {row["optimizer_steps"] for row in rounds[index].values()}
             assert len(steps) == 1, f"the arms did not do the same work: {steps}"
-    print(report(found))
+    print(report(options.out))
 
 
 if __name__ == "__main__":

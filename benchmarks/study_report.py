@@ -1,20 +1,22 @@
 """The tables and pictures of benchmarks.study, from its JSON alone.
 
-python -m benchmarks.study_report
+python -m benchmarks.study_report [benchmarks/study.json]
 """
 
 import json
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent
+RESULT = Path(__file__).with_name("study.json")
 Rounds = Sequence[Mapping[str, Mapping[str, Any]]]
 
 
-def report(found: Mapping[str, Any]) -> str:
-    """Markdown of all that was measured; draws the curves of the pruned studies beside it."""
+def report(path: Path) -> str:
+    """Markdown of all that this file has; draws the curves of the pruned studies beside it."""
+    found = json.loads(path.read_text())
     parts = []
     for name, part in found.items():
         rounds = [each for each in part["rounds"] if "hpo" in each]
@@ -30,7 +32,7 @@ def report(found: Mapping[str, Any]) -> str:
             profile([each["hpo"] for each in rounds]),
         ]
         if name.startswith("pruned"):
-            draw(rounds, FOLDER / f"study-{name.replace(' ', '-')}.png")
+            draw(rounds, path.with_name(f"{path.stem}-{name.replace(' ', '-')}.png"))
     return "\n".join(parts)
 
 
@@ -165,4 +167,4 @@ def draw(rounds: Rounds, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(report(json.loads((FOLDER / "study.json").read_text())))
+    print(report(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULT))

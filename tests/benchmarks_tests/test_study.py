@@ -64,7 +64,9 @@ def test_an_arm_is_counted_by_its_reports() -> None:
     assert found["peak_flops"] > 1e9
 
 
-def test_the_table_says_how_many_times_longer_an_arm_took_in_the_same_round() -> None:
+def test_the_table_says_how_many_times_longer_an_arm_took_in_the_same_round(
+    tmp_path: Path,
+) -> None:
     def row(seconds: float, best: float) -> dict[str, Any]:
         return {"seconds": seconds, "num_trials": 12, "num_whole": 12, "optimizer_steps": 100,
                 "images_per_second": 1.0, "trials_per_hour": 1.0, "mean_value": 0.8,
@@ -74,14 +76,16 @@ def test_the_table_says_how_many_times_longer_an_arm_took_in_the_same_round() ->
     rounds = [{"hpo": row(10, 0.9), "ray tune": row(30, 0.8)},
               {"hpo": row(20, 0.9), "ray tune": row(80, 0.8)}]  # fmt: skip
     part = {"machine": {"cores": 2, "cpu": "x", "torch": "y"}, "images": 10, "rounds": rounds}
-    text = report({"equal": part})
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps({"equal": part}))
+    text = report(path)
     assert "| ray tune | 55.0 +- 35.4 | 3.50 +- 0.71 |" in text
     # 60 operations in 80 s, where two cores could have done 2 * 40 a second
     assert "| 1.7 +- 1.1 | 0.8000 +- 0.0000 | 100 |" in text
     # both reach 0.8: hpo with its second report after half of its time
-    assert "| ray tune | 55 +- 35 | 12, 12 | 27.5 +- 17.7 | 3.50 +- 0.71 |" in report(
-        {"pruned": part}
-    )
+    path.write_text(json.dumps({"pruned": part}))
+    assert "| ray tune | 55 +- 35 | 12, 12 | 27.5 +- 17.7 | 3.50 +- 0.71 |" in report(path)
+    assert (tmp_path / "study-pruned.png").stat().st_size > 0
 
 
 def test_the_profile_of_a_study_adds_up_to_its_seconds() -> None:

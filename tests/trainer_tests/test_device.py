@@ -122,11 +122,11 @@ def test_channels_last_reaches_filters_and_images() -> None:
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-class _Formats(TorchDispatchMode):
+class _Formats(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Operations on images of two memory formats at once, by name."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.mixed: list[str] = []
 
     def __torch_dispatch__(
