@@ -88,7 +88,8 @@ class DevicePlan:
                 if parameter.ndim == 4:
                     parameter.data = parameter.data.to(memory_format=torch.channels_last)
             for module in model.modules():
-                if isinstance(module, nn.AdaptiveAvgPool2d):
+                hooks = module._forward_pre_hooks.values()  # of a model that was placed before
+                if isinstance(module, nn.AdaptiveAvgPool2d) and _keep_format not in hooks:
                     module.register_forward_pre_hook(_keep_format)
         return model
 
@@ -275,11 +276,15 @@ def _forward_backward(plan: DevicePlan, model: nn.Module, images: Tensor) -> Non
     torch.autograd.backward(functional.cross_entropy(logits.float(), labels))
 
 
-def _keep_format(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """Before a pooling to one pixel: the gradient of its input keeps channels_last, as it does not
+def _keep_format(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
+    """Before an average over pixels: the gradient of its input keeps channels_last, as it does not
     by itself, and an operation on two memory formats takes ten times as long as on one.
+
+    inputs: of the call, without those that it names; anything but (N,C,H,W) is left alone.
     """
-    (images,) = inputs
+    if len(inputs) != 1 or inputs[0].ndim != 4:
+        return None
+    images: Tensor = inputs[0]
     if not images.requires_grad or not images.is_contiguous(memory_format=torch.channels_last):
         return None
     pooled = images.view_as(images)  # whose gradient is the pooling's alone

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -173,6 +173,33 @@ def test_gradients_keep_channels_last_all_the_way_and_their_values(
     assert without  # or the hooks have nothing left to do
     assert not mixed
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_model_that_is_placed_again_has_each_hook_once() -> None:
+    plan = DevicePlan(device="cpu", channels_last=True)
+    model = plan.place(plan.place(nn.Sequential(nn.Conv2d(1, 2, 1), nn.AdaptiveAvgPool2d(1))))
+    assert [len(module._forward_pre_hooks) for module in model.children()] == [0, 1]
+
+
+class _Pools(nn.Module):
+    """Calls its pooling as users' networks may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        one: Tensor = self.pool(images[0])
+        named: Tensor = self.pool(input=images)
+        return one.sum() + named.sum()
+
+
+def test_a_pooling_of_one_picture_or_by_name_is_left_alone() -> None:
+    plan = DevicePlan(device="cpu", channels_last=True)
+    images = torch.ones(2, 3, 4, 4, requires_grad=True)
+    torch.autograd.backward(plan.place(_Pools())(plan.lay_out(images)))
+    assert images.grad is not None
+    assert images.grad.sum() == 2 * 3 + 3
 
 
 def test_bf16_is_a_matter_of_the_context_and_weights_stay_fp32() -> None:
