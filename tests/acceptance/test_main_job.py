@@ -87,7 +87,8 @@ def test_a_study_ends_with_an_export_that_classifies_pictures(hpo: Hpo, tmp_path
 
     out = tmp_path / "out"
     best = json.loads(ended(hpo.run("best", "--export", "--out", str(out), "--json")).stdout)
-    assert best["test"]["ci95"][0] < best["test"]["accuracy"] < best["test"]["ci95"][1]
+    low, high = best["test"]["ci95"]
+    assert low < best["test"]["accuracy"] <= high <= 1  # all 359 may be right
     check_export(out, best)
     test = load("digits", seed=0).open_test()
     for index in range(10):
