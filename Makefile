@@ -10,9 +10,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# Files of tests in three processes of one thread: on two cores that is one more, as half of the time
-# a test waits. The files in their order, for the long ones (tests/acceptance) come first.
-PYTEST_OPTIONS ?= --numprocesses 3 --dist loadfile --no-loadscope-reorder
+# A file of tests on each core, with one thread: more busy threads than cores are slower. The files
+# in their order, for the long ones (tests/acceptance) come first.
+PYTEST_OPTIONS ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 DEBIAN_PACKAGES := chromium dataset-fashion-mnist
 
 .DELETE_ON_ERROR:
