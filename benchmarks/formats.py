@@ -15,15 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.train import Task
 from hpo.measured import machine
-from trainer.backbones import build
 from trainer.config import TrainConfig
-from trainer.device import DevicePlan, has_fast_bf16, prepare
-from trainer.optim import make_optimizer
+from trainer.device import DevicePlan, Precision, has_fast_bf16, prepare
+from trainer.loop import optimizer_step
+from trainer.state import TrainState
 
 ROUNDS = 60
 BACKBONES = ("smallcnn", "resnet8", "resnet20")
@@ -50,19 +50,15 @@ def undo(model: nn.Module) -> None:
 
 def steps_of(backbone: str, plan: DevicePlan, *, before: bool) -> Callable[[], None]:
     """What makes one training step."""
-    config = TrainConfig(backbone=backbone)
-    model = plan.place(build(config, input_size=(1, 28, 28), num_classes=10))
+    task = Task(size=(1, 28, 28), num_images=0)
+    data = task.data()
+    state = TrainState.start(TrainConfig(backbone=backbone), data, plan, steps_per_epoch=1)
     if before:
-        undo(model)
-    optimizer = make_optimizer(config, model)
-    images, labels = torch.randn(128, 1, 28, 28), torch.arange(128) % 10
+        undo(state.model)
+    images = data.train.images.float() / 255
 
     def step() -> None:
-        with plan.autocast():
-            logits = model(plan.lay_out(images))
-        optimizer.zero_grad()
-        torch.autograd.backward(functional.cross_entropy(logits.float(), labels))
-        optimizer.step()
+        optimizer_step(state, images, data.train.labels)
 
     step()  # loads kernels
     return step
@@ -84,14 +80,13 @@ def measure(backbone: str, plan: DevicePlan) -> dict[str, Any]:
             "ratio": middle, "quartiles": [low, high]}  # fmt: skip
 
 
-def main(_arguments: list[str] | None = None) -> None:
+def main() -> None:
     """Measure, print, write."""
     prepare("cpu", 1)
     rows = []
-    for precision in ("bf16", "fp32") if has_fast_bf16() else ("fp32",):
-        plan = DevicePlan.from_dict(
-            {"device": "cpu", "precision": precision, "channels_last": True}
-        )
+    precisions: tuple[Precision, ...] = ("bf16", "fp32") if has_fast_bf16() else ("fp32",)
+    for precision in precisions:
+        plan = DevicePlan(device="cpu", precision=precision, channels_last=True)
         for backbone in BACKBONES:
             rows.append(measure(backbone, plan))
             print(json.dumps(rows[-1]), flush=True)
