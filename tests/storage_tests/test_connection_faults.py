@@ -249,8 +249,7 @@ def test_a_stopped_backend_is_left_for_another_one(
 
         started = time.monotonic()
         life.run(**{operation: stopping()})
-        # a slow machine has its time, but the backend is never waited for: it stays stopped
-        assert time.monotonic() - started < ANSWER_SECONDS + 60
+        assert time.monotonic() - started < ANSWER_SECONDS + 3
     check(database, record, [life])
 
 
