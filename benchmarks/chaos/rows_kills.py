@@ -44,8 +44,9 @@ def killed_at_random(arena: Arena, long: bool) -> Iterator[Finding]:
     budget = 16 if long else 5
     with arena.stage() as stage:
         launcher = stage.launch(trials=budget, workers=2, epochs=20)
-        repeat(stage.kill_a_worker, every=5, until=launcher, seconds=600 if long else 300)
-        done = "2 workers, a random one killed every 5 s; real training"
+        every = 5.0 if long else 2 * slowness()  # five trials are trained in seconds
+        repeat(stage.kill_a_worker, every=every, until=launcher, seconds=600 if long else 300)
+        done = f"2 workers, a random one killed every {every:.1f} s; real training"
         finding = audit(stage, "1", done=done, budget=budget, epochs=20)
         finding.check(launcher.code == 0, f"launch ended with {launcher.code}")
         finding.check(stage.num_kills > 0, "no kills: too short")
