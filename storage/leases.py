@@ -19,8 +19,10 @@ from sqlalchemy.orm import Session
 from storage.database import Database
 from storage.errors import LeaseLost, StudyDeleted
 
-MOST_BARREN_ATTEMPTS = 3
-"""Attempts in a row without a new report, after which a trial ends as FAIL."""
+MOST_FRUITLESS_ATTEMPTS = 3
+"""Attempts in a row that came no further than the ones before, after which a trial ends as FAIL."""
+LONGEST_ERROR = 400
+"""Characters of an error that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,8 @@ class Lease:
     study_id: int
     trial_id: int | None
     attempts: int
+    errors: int = 0
+    """Earlier attempts that ended by an error which may be the trial's own."""
 
 
 class NoWork(enum.Enum):
@@ -112,6 +116,43 @@ def _renew(connection: Connection, lease: Lease, lease_seconds: float) -> bool:
     return connection.execute(_RENEW, given).one_or_none() is not None
 
 
+def advance(database: Database, lease: Lease, position: int) -> None:
+    """Record that a checkpoint within an epoch has seen `position` images.
+
+    If that is further than any before, the attempt is not fruitless, even where it ends before its
+    next report. A lost lease is left alone.
+    """
+    given = {"lease": lease.lease_id, "token": lease.token, "position": position}
+
+    def transaction() -> None:
+        with database.engine.begin() as connection:
+            connection.execute(_ADVANCE, given)
+
+    database.patiently(transaction)
+
+
+def give_back(database: Database, lease: Lease, error: str, *, may_be_the_trials: bool) -> None:
+    """Give the trial back after an error, so that another process can try it.
+
+    The attempt counts as fruitless unless it has reported. While other workers live, the place
+    that gives the trial back does not claim it again. may_be_the_trials: the error is counted as
+    one that the trial itself may cause (`Lease.errors`).
+    """
+    given = {
+        "lease": lease.lease_id,
+        "token": lease.token,
+        "error": error[:LONGEST_ERROR],
+        "count": int(may_be_the_trials),
+    }
+
+    def transaction() -> None:
+        with database.engine.begin() as connection:
+            connection.execute(_GIVE_BACK, given)
+            connection.execute(_DROP_UNBOUND, given)
+
+    database.patiently(transaction)
+
+
 def release(database: Database, lease: Lease) -> None:
     """Give the trial back in good order: the next claim goes on with it."""
     given = {"lease": lease.lease_id, "token": lease.token}
@@ -125,26 +166,64 @@ def release(database: Database, lease: Lease) -> None:
 
 
 def register_worker(
-    database: Database, study_id: int, worker_id: str, *, host: str, pid: int, device: str
+    database: Database,
+    study_id: int,
+    worker_id: str,
+    *,
+    host: str,
+    pid: int,
+    device: str,
+    place: str | None = None,
+    state: str = "working",
 ) -> None:
-    """Make the worker known, so that `status` shows it."""
-    given = {"worker": worker_id, "study": study_id, "host": host, "pid": pid, "device": device}
+    """Make the worker known, so that `status` shows it; again, when its state has changed.
+
+    place: what it shares with workers that replace it (its launcher and device); its id if None.
+    state: starting or working. A worker that works takes the place of sick ones before it.
+    """
+    given = {
+        "worker": worker_id,
+        "study": study_id,
+        "host": host,
+        "pid": pid,
+        "device": device,
+        "place": place or worker_id,
+        "state": state,
+    }
 
     def transaction() -> None:
         with database.engine.begin() as connection:
             connection.execute(_REGISTER_WORKER, given)
+            if state == "working":
+                connection.execute(_FORGET_SICK, given)
 
     database.patiently(transaction)
 
 
-def forget_worker(database: Database, worker_id: str) -> None:
-    """The worker has left or died: what it held is free at once."""
+def forget_worker(database: Database, worker_id: str, *, cause: str | None = None) -> bool:
+    """The worker has left or died: what it held is free at once. Whether it held a trial.
+
+    cause: how it died, which is kept with its trial.
+    """
+    given = {"worker": worker_id, "cause": None if cause is None else cause[:LONGEST_ERROR]}
+
+    def transaction() -> bool:
+        with database.engine.begin() as connection:
+            # worker, then leases: the order of `renew`, which may be under way
+            connection.execute(_FORGET_WORKER, given)
+            return bool(connection.execute(_FREE_LEASES_OF_WORKER, given).rowcount)
+
+    return database.patiently(transaction)
+
+
+def mark_sick(database: Database, worker_id: str, reason: str) -> None:
+    """The worker leaves for a reason of its own, which `status` shows; what it held is free."""
+    given = {"worker": worker_id, "cause": reason[:LONGEST_ERROR]}
 
     def transaction() -> None:
         with database.engine.begin() as connection:
-            # worker, then leases: the order of `renew`, which may be under way
-            connection.execute(_FORGET_WORKER, {"worker": worker_id})
-            connection.execute(_FREE_LEASES_OF_WORKER, {"worker": worker_id})
+            connection.execute(_MARK_SICK, given)
+            connection.execute(_FREE_LEASES_OF_WORKER, given)
 
     database.patiently(transaction)
 
@@ -207,12 +286,17 @@ def _reap(connection: Connection, given: dict[str, Any]) -> None:
     """In the caller's transaction, under the study's lock."""
     connection.execute(_END_LEASES_OF_ENDED_TRIALS, given)
     connection.execute(_DROP_EXPIRED_UNBOUND, given)
-    exhausted = connection.execute(_EXHAUSTED, {**given, "most": MOST_BARREN_ATTEMPTS})
-    for trial_id in exhausted.scalars().all():
-        reason = f"{MOST_BARREN_ATTEMPTS} attempts in a row died or hung without a report"
-        _fail(connection, trial_id, reason)
+    exhausted = connection.execute(_EXHAUSTED, {**given, "most": MOST_FRUITLESS_ATTEMPTS})
+    for trial_id, last_error in exhausted.all():
+        _fail(connection, trial_id, fruitless_reason(last_error))
     for trial_id in connection.execute(_ORPHANS, given).scalars().all():
         _fail(connection, trial_id, "asked for, but never bound to a worker")
+
+
+def fruitless_reason(last_error: str | None) -> str:
+    """Why a trial ends that comes no further, in words."""
+    ended = "it died or hung" if last_error is None else last_error
+    return f"{MOST_FRUITLESS_ATTEMPTS} attempts in a row came no further; the last one: {ended}"
 
 
 def _fail(connection: Connection, trial_id: int, reason: str) -> None:
@@ -235,6 +319,16 @@ _FREE = """
             WHERE h.study_id = l.study_id))))
 """
 
+# The claimer's place gave the trial back, and a worker of a place that did not is there.
+_IS_FOR_OTHERS = """
+    EXISTS (SELECT FROM hpo_workers me, hpo_workers other
+        WHERE me.worker_id = :worker AND me.place = ANY (l.refused_by)
+            AND other.study_id = l.study_id AND other.place <> ALL (l.refused_by)
+            AND other.state = 'working' AND other.seen_at > now() - make_interval(secs => (
+                SELECT (h.spec->>'lease_seconds')::float FROM hpo_studies h
+                WHERE h.study_id = l.study_id)))
+"""
+
 _HAS_ROOM = """
     (SELECT budget FROM hpo_studies WHERE study_id = :study) >
     (SELECT count(*) FROM trials WHERE study_id = :study AND state IN ('COMPLETE', 'PRUNED')) +
@@ -245,12 +339,12 @@ _TAKE_OVER = text(f"""
     UPDATE hpo_leases SET
         token = nextval('hpo_tokens'), worker_id = :worker,
         expires_at = now() + make_interval(secs => :seconds),
-        attempts = attempts + 1, barren_attempts = barren_attempts + 1
+        attempts = attempts + 1, fruitless_attempts = fruitless_attempts + 1
     WHERE lease_id = (
         SELECT lease_id FROM hpo_leases l
-        WHERE study_id = :study AND trial_id IS NOT NULL AND {_FREE}
+        WHERE study_id = :study AND trial_id IS NOT NULL AND {_FREE} AND NOT {_IS_FOR_OTHERS}
         ORDER BY trial_id LIMIT 1 FOR UPDATE SKIP LOCKED)
-    RETURNING lease_id, token, study_id, trial_id, attempts
+    RETURNING lease_id, token, study_id, trial_id, attempts, errors
 """)
 
 _TAKE_STARTING_POINT = text(f"""
@@ -303,8 +397,21 @@ _RENEW = text("""
     WHERE lease_id = :lease AND token = :token AND expires_at IS NOT NULL RETURNING lease_id
 """)
 
+_ADVANCE = text("""
+    UPDATE hpo_leases SET position = :position, fruitless_attempts = 0
+    WHERE lease_id = :lease AND token = :token AND ended_at IS NULL AND position < :position
+""")
+
+_GIVE_BACK = text("""
+    UPDATE hpo_leases l SET worker_id = NULL, expires_at = NULL, last_error = :error,
+        errors = errors + :count, refused_by = refused_by || coalesce(
+            (SELECT ARRAY[place] FROM hpo_workers w WHERE w.worker_id = l.worker_id
+                AND place <> ALL (l.refused_by)), '{}')
+    WHERE lease_id = :lease AND token = :token AND ended_at IS NULL
+""")
+
 _RELEASE = text("""
-    UPDATE hpo_leases SET worker_id = NULL, expires_at = NULL, barren_attempts = 0
+    UPDATE hpo_leases SET worker_id = NULL, expires_at = NULL, fruitless_attempts = 0
     WHERE lease_id = :lease AND token = :token AND ended_at IS NULL
 """)
 
@@ -324,8 +431,8 @@ _END_LEASES_OF_ENDED_TRIALS = text("""
 """)
 
 _EXHAUSTED = text(f"""
-    SELECT trial_id FROM hpo_leases l
-    WHERE study_id = :study AND trial_id IS NOT NULL AND barren_attempts >= :most AND {_FREE}
+    SELECT trial_id, last_error FROM hpo_leases l
+    WHERE study_id = :study AND trial_id IS NOT NULL AND fruitless_attempts >= :most AND {_FREE}
     FOR UPDATE SKIP LOCKED
 """)
 
@@ -353,10 +460,11 @@ _END_LEASE_OF_TRIAL = text("""
 """)
 
 _REGISTER_WORKER = text("""
-    INSERT INTO hpo_workers (worker_id, study_id, host, pid, device)
-    VALUES (:worker, :study, :host, :pid, :device)
+    INSERT INTO hpo_workers (worker_id, study_id, host, pid, device, place, state)
+    VALUES (:worker, :study, :host, :pid, :device, :place, :state)
     ON CONFLICT (worker_id) DO UPDATE SET study_id = excluded.study_id, pid = excluded.pid,
-        host = excluded.host, device = excluded.device, seen_at = now()
+        host = excluded.host, device = excluded.device, place = excluded.place,
+        state = excluded.state, reason = NULL, seen_at = now()
 """)
 
 _SEE_WORKER = text("""
@@ -365,10 +473,26 @@ _SEE_WORKER = text("""
     RETURNING NOT (s.stop_requested OR coalesce(s.deadline <= now(), false))
 """)
 
-_FORGET_WORKER = text("DELETE FROM hpo_workers WHERE worker_id = :worker")
+# why a sick one has left stays to be seen
+_FORGET_WORKER = text("DELETE FROM hpo_workers WHERE worker_id = :worker AND state <> 'sick'")
+
+_FORGET_SICK = text("""
+    DELETE FROM hpo_workers WHERE study_id = :study AND place = :place AND state = 'sick'
+""")
+
+# the newest of a place: one that is started again and again leaves one row
+_MARK_SICK = text("""
+    WITH sick AS (
+        UPDATE hpo_workers SET state = 'sick', reason = :cause, seen_at = now()
+        WHERE worker_id = :worker RETURNING study_id, place)
+    DELETE FROM hpo_workers w USING sick s
+    WHERE w.study_id = s.study_id AND w.place = s.place AND w.state = 'sick'
+        AND w.worker_id <> :worker
+""")
 
 _FREE_LEASES_OF_WORKER = text("""
-    UPDATE hpo_leases SET worker_id = NULL, expires_at = NULL
+    UPDATE hpo_leases SET worker_id = NULL, expires_at = NULL,
+        last_error = coalesce(CAST(:cause AS text), last_error)
     WHERE worker_id = :worker AND ended_at IS NULL
 """)
 

@@ -62,7 +62,8 @@ def report(
 ) -> None:
     """Store an intermediate value; a step reported again, after a resume, is one row still.
 
-    Raises LeaseLost.
+    Only a step beyond those that the trial has reported makes the attempt a fruitful one. Raises
+    LeaseLost.
     """
     given = {"step": step, "value": value, "images_per_second": images_per_second}
     database.patiently(lambda: _write(database, _REPORT, lease, given))
@@ -141,8 +142,11 @@ def _has_ended(database: Database, lease: Lease, state: TrialState) -> bool:
 
 _REPORT = text("""
     WITH lease AS (
-        UPDATE hpo_leases SET barren_attempts = 0, reported_at = now(),
-            images_per_second = :images_per_second
+        UPDATE hpo_leases l SET reported_at = now(), images_per_second = :images_per_second,
+            fruitless_attempts = CASE WHEN EXISTS (
+                SELECT FROM trial_intermediate_values v
+                WHERE v.trial_id = l.trial_id AND v.step >= :step)
+                THEN fruitless_attempts ELSE 0 END
         WHERE lease_id = :lease AND token = :token AND ended_at IS NULL RETURNING trial_id)
     INSERT INTO trial_intermediate_values
         (trial_id, step, intermediate_value, intermediate_value_type)

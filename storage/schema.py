@@ -2,12 +2,12 @@
 
 import optuna
 import sqlalchemy
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from storage.database import Database
 from storage.errors import StorageError
 
-VERSION = 2
+VERSION = 3
 _LOCK = 0x68706F  # "hpo", for pg_advisory_xact_lock
 
 _TABLES = """
@@ -37,8 +37,16 @@ CREATE TABLE hpo_leases (
     -- null: nobody holds it
     expires_at timestamptz,
     attempts integer NOT NULL DEFAULT 1,
-    -- in a row, without a new report
-    barren_attempts integer NOT NULL DEFAULT 1,
+    -- in a row, none of which came further than the ones before
+    fruitless_attempts integer NOT NULL DEFAULT 1,
+    -- images that the furthest checkpoint within an epoch had seen
+    position bigint NOT NULL DEFAULT 0,
+    -- attempts that ended by an error which may be the trial's own
+    errors integer NOT NULL DEFAULT 0,
+    -- how the newest attempt ended that did not end well
+    last_error text,
+    -- places (hpo_workers) that gave the trial back after an error: others go before them
+    refused_by text[] NOT NULL DEFAULT '{}',
     claimed_at timestamptz NOT NULL DEFAULT now(),
     reported_at timestamptz,
     images_per_second real,
@@ -52,7 +60,12 @@ CREATE TABLE hpo_workers (
     host text NOT NULL,
     pid integer NOT NULL,
     device text NOT NULL,
-    seen_at timestamptz NOT NULL DEFAULT now()
+    seen_at timestamptz NOT NULL DEFAULT now(),
+    -- the launcher and the device: what workers that replace one another share
+    place text NOT NULL DEFAULT '',
+    -- starting, working, or sick: it has left for a reason of its own
+    state text NOT NULL DEFAULT 'working' CHECK (state IN ('starting', 'working', 'sick')),
+    reason text
 );
 
 -- objects that there may be in an object store, where checkpoints are kept in one
@@ -73,35 +86,75 @@ CREATE TABLE hpo_schema (version integer NOT NULL);
 """
 
 
-def ensure_tables(database: Database) -> None:
-    """Make Optuna's and our tables unless they are there.
+_MIGRATIONS: dict[int, str] = {
+    2: """
+        ALTER TABLE hpo_leases RENAME COLUMN barren_attempts TO fruitless_attempts;
+        ALTER TABLE hpo_leases ADD COLUMN position bigint NOT NULL DEFAULT 0,
+            ADD COLUMN errors integer NOT NULL DEFAULT 0, ADD COLUMN last_error text,
+            ADD COLUMN refused_by text[] NOT NULL DEFAULT '{}';
+        ALTER TABLE hpo_workers ADD COLUMN place text NOT NULL DEFAULT '',
+            ADD COLUMN state text NOT NULL DEFAULT 'working'
+                CHECK (state IN ('starting', 'working', 'sick')),
+            ADD COLUMN reason text;
+    """,
+}
+"""What turns the tables of a version into those of the next one; studies and trials stay."""
 
-    Raises StorageError if they are those of another version of this program.
+
+def ensure_tables(database: Database) -> None:
+    """Make Optuna's and our tables unless they are there; bring older ones up to date.
+
+    Raises StorageError if they are those of a version that this program can't use, or if workers
+    of the older version still run.
     """
     database.patiently(lambda: _ensure_tables(database))
 
 
 def _ensure_tables(database: Database) -> None:
-    if _version(database) is None:
+    if _version(database) != VERSION:
         with database.engine.begin() as connection:
             # held while Optuna makes its tables over a second connection of this process
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
-            if _version(database) is None:
-                try:
-                    optuna_storage(database, make_tables=True)
-                    connection.exec_driver_sql(_TABLES)
-                    connection.execute(
-                        text("INSERT INTO hpo_schema VALUES (:version)"), {"version": VERSION}
-                    )
-                except sqlalchemy.exc.ProgrammingError as error:
-                    reason = str(error.orig).splitlines()[0]
-                    raise StorageError(f"can't make the tables: {reason}") from error
+            try:
+                found = _version(database)
+                if found is None:
+                    _make_tables(database, connection)
+                elif found in _MIGRATIONS:
+                    _migrate(connection, found)
+            except sqlalchemy.exc.ProgrammingError as error:
+                reason = str(error.orig).splitlines()[0]
+                raise StorageError(f"can't make the tables: {reason}") from error
     version = _version(database)
     if version != VERSION:
         raise StorageError(
             f"the database holds tables of version {version}, this program writes {VERSION}: "
             "use the version of hpo that made them, or another database"
         )
+
+
+def _make_tables(database: Database, connection: Connection) -> None:
+    optuna_storage(database, make_tables=True)
+    connection.exec_driver_sql(_TABLES)
+    connection.execute(text("INSERT INTO hpo_schema VALUES (:version)"), {"version": VERSION})
+
+
+def _migrate(connection: Connection, version: int) -> None:
+    """In the caller's transaction: all of it or nothing."""
+    if connection.execute(_LIVE_WORKERS).scalar():
+        raise StorageError(
+            f"workers of an earlier hpo use these tables (version {version}): stop them, wait a "
+            "minute, and give the command again, which brings the tables up to date"
+        )
+    while version in _MIGRATIONS:
+        connection.exec_driver_sql(_MIGRATIONS[version])
+        version += 1
+    connection.execute(text("UPDATE hpo_schema SET version = :version"), {"version": version})
+
+
+_LIVE_WORKERS = text("""
+    SELECT count(*) FROM hpo_workers JOIN hpo_studies s USING (study_id)
+    WHERE seen_at > now() - make_interval(secs => (s.spec->>'lease_seconds')::float)
+""")
 
 
 def _version(database: Database) -> int | None:

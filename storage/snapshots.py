@@ -35,7 +35,7 @@ class TrialSnapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSnapshot:
-    """A worker that was seen within one lease's time."""
+    """A worker that was seen within one lease's time. state: starting or working."""
 
     id: str
     host: str
@@ -44,6 +44,17 @@ class WorkerSnapshot:
     trial: int | None
     step: int | None
     images_per_second: float
+    state: str = "working"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SickWorker:
+    """A worker that has left for a reason of its own since the study was last launched."""
+
+    id: str
+    host: str
+    device: str
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +66,7 @@ class StudySnapshot:
     seconds: float
     trials: tuple[TrialSnapshot, ...]
     workers: tuple[WorkerSnapshot, ...]
+    sick: tuple[SickWorker, ...] = ()
 
     def count(self, state: str) -> int:
         """Trials in this state."""
@@ -80,7 +92,8 @@ def snapshot(database: Database, study_id: int) -> StudySnapshot:
             workers = tuple(
                 WorkerSnapshot(**row._mapping) for row in connection.execute(_WORKERS, given)
             )
-            return StudySnapshot(**study._mapping, trials=trials, workers=workers)
+            sick = tuple(SickWorker(**row._mapping) for row in connection.execute(_SICK, given))
+            return StudySnapshot(**study._mapping, trials=trials, workers=workers, sick=sick)
 
     return database.patiently(query)
 
@@ -138,14 +151,19 @@ _TRIALS = text("""
 """)
 
 _WORKERS = text("""
-    SELECT w.worker_id AS id, w.host, w.pid, w.device, t.number AS trial,
+    SELECT w.worker_id AS id, w.host, w.pid, w.device, w.state, t.number AS trial,
         (SELECT max(step) FROM trial_intermediate_values i WHERE i.trial_id = t.trial_id) AS step,
         CASE WHEN t.number IS NULL THEN 0
             ELSE coalesce(l.images_per_second, 0)::float END AS images_per_second
     FROM hpo_workers w JOIN hpo_studies s USING (study_id)
         LEFT JOIN hpo_leases l ON l.worker_id = w.worker_id AND l.ended_at IS NULL
         LEFT JOIN trials t USING (trial_id)
-    WHERE w.study_id = :study AND w.seen_at > now() -
+    WHERE w.study_id = :study AND w.state <> 'sick' AND w.seen_at > now() -
         make_interval(secs => (s.spec->>'lease_seconds')::float)
     ORDER BY w.worker_id
+""")
+
+_SICK = text("""
+    SELECT worker_id AS id, host, device, coalesce(reason, '') AS reason FROM hpo_workers
+    WHERE study_id = :study AND state = 'sick' ORDER BY seen_at, worker_id
 """)

@@ -100,7 +100,11 @@ def create_study(
 def relaunch(
     database: Database, study_id: int, *, budget: int | None, timeout_seconds: float | None
 ) -> None:
-    """Let a study go on: not stopped any more, its failures so far forgiven."""
+    """Let a study go on: not stopped any more, its failures and sick workers so far forgiven.
+
+    timeout_seconds: None leaves the time limit of a launch whose workers run as it is; a limit of
+    an earlier launch is lifted.
+    """
     given = {"study": study_id, "budget": budget, "timeout": timeout_seconds}
     _execute(database, _RELAUNCH, given)
 
@@ -292,9 +296,15 @@ _CREATE = text("""
 """)
 
 _RELAUNCH = text("""
-    UPDATE hpo_studies SET stop_requested = false, launched_at = now(),
+    WITH forgiven AS (DELETE FROM hpo_workers WHERE study_id = :study AND state = 'sick')
+    UPDATE hpo_studies s SET stop_requested = false, launched_at = now(),
         budget = coalesce(CAST(:budget AS integer), budget),
-        deadline = now() + make_interval(secs => CAST(:timeout AS float))
+        deadline = coalesce(now() + make_interval(secs => CAST(:timeout AS float)),
+            CASE WHEN NOT stop_requested AND deadline > now() AND EXISTS (
+                SELECT FROM hpo_workers w WHERE w.study_id = s.study_id AND w.state <> 'sick'
+                    AND w.seen_at > now() -
+                        make_interval(secs => (s.spec->>'lease_seconds')::float))
+                THEN deadline END)
     WHERE study_id = :study
 """)
 

@@ -11,7 +11,7 @@ from benchmarks.chaos.faults import FaultPlan
 from benchmarks.chaos.stage import STUDY, Arena, Command, Stage, repeat, wait_for
 from benchmarks.chaos.zygote import Forked, Zygote
 from hpo.spec import StudySpec
-from storage.leases import MOST_BARREN_ATTEMPTS
+from storage.leases import MOST_FRUITLESS_ATTEMPTS
 
 BUDGET = 50
 
@@ -131,7 +131,7 @@ def _come_and_go(stage: Stage, zygote: Zygote, launcher: Command, chance: random
                 running[worker] = now + chance.uniform(0, 3)
             elif now > until:
                 number = chance.choice((signal.SIGTERM, signal.SIGINT, signal.SIGKILL))
-                if worker.pid not in stage.workers(most_barren=MOST_BARREN_ATTEMPTS - 1):
+                if worker.pid not in stage.workers(most_fruitless=MOST_FRUITLESS_ATTEMPTS - 1):
                     number = signal.SIGTERM  # see Stage.kill_a_worker
                 stage.num_kills += number == signal.SIGKILL
                 stage.num_signals += number != signal.SIGKILL

@@ -20,7 +20,7 @@ from tests.tcp_proxy import Fault, Strike, TcpProxy
 
 WITHIN = {
     "ask": "SET trial_id = (SELECT max(trial_id)",
-    "report": "barren_attempts = 0, reported_at",
+    "report": "SET reported_at = now(), images_per_second",
     "tell": "SET ended_at = now(), worker_id = NULL",
 }
 """Operation -> what its transaction holds (storage/leases.py)."""

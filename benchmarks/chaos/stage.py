@@ -17,7 +17,7 @@ import psycopg2
 import sqlalchemy
 
 from benchmarks.chaos.faults import VARIABLE, Fault, FaultPlan
-from storage.leases import MOST_BARREN_ATTEMPTS
+from storage.leases import MOST_FRUITLESS_ATTEMPTS
 from tests.parts import PASSWORD, TcpPostgres
 
 ROOT = Path(__file__).parents[2]
@@ -167,16 +167,16 @@ class Stage:
         found = map(json.loads, lines)
         return [line for line in found if not kinds or line["kind"] in kinds]
 
-    def workers(self, *, most_barren: int = 1_000) -> list[int]:
+    def workers(self, *, most_fruitless: int = 1_000) -> list[int]:
         """The pids of workers that the database knows and that live in this stage.
 
-        most_barren: attempts in a row without a report that their trial may have had.
+        most_fruitless: attempts in a row that came no further which their trial may have had.
         """
         no_answer = psycopg2.OperationalError, psycopg2.errors.UndefinedTable
         with contextlib.suppress(*no_answer):
             rows = self.query(
                 "SELECT pid FROM hpo_workers LEFT JOIN hpo_leases USING (worker_id)"
-                f" WHERE coalesce(barren_attempts, 0) <= {most_barren} ORDER BY worker_id"
+                f" WHERE coalesce(fruitless_attempts, 0) <= {most_fruitless} ORDER BY worker_id"
             )
             return [pid for (pid,) in rows if self.is_ours(pid)]
         return []
@@ -187,7 +187,7 @@ class Stage:
         One in the third attempt in a row without a report is spared: its death ends the trial, as
         it is to (row 3), and on a slow machine a kill a second comes to that.
         """
-        found = self.workers(most_barren=MOST_BARREN_ATTEMPTS - 1)
+        found = self.workers(most_fruitless=MOST_FRUITLESS_ATTEMPTS - 1)
         if found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.chance.choice(found), signal.SIGKILL)

@@ -1,5 +1,6 @@
 """Workers that claim, train, die and wake up late in any order: storage/ against a model of it."""
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from sqlalchemy import text
 from storage import leases, studies
 from storage.database import Database
 from storage.errors import LeaseLost
-from storage.leases import MOST_BARREN_ATTEMPTS, Lease, NoWork
+from storage.leases import MOST_FRUITLESS_ATTEMPTS, Lease, NoWork, fruitless_reason
 from storage.studies import OpenStudy
 from tests.parts import make_study
 
@@ -67,8 +68,12 @@ class ModelLease:
     trial_id: int | None
     until: str = "held"
     attempts: int = 1
-    barren_attempts: int = 1
+    fruitless_attempts: int = 1
     ended: bool = False
+    position: int = 0
+    errors: int = 0
+    last_error: str | None = None
+    refused_by: list[str] = field(default_factory=list)
 
 
 class LeaseProtocol(RuleBasedStateMachine):
@@ -91,7 +96,9 @@ class LeaseProtocol(RuleBasedStateMachine):
         self.given: list[Lease] = []
         self.leases: dict[int, ModelLease] = {}
         self.trials: dict[int, ModelTrial] = {}
-        self.registered: set[str] = set()
+        self.places: dict[str, str] = {}
+        """Worker id -> place, of those that are registered."""
+        self.sick: set[str] = set()
         self.asked_outside: set[int] = set()
         self.failures: list[bool] = []
         self.stopped = False
@@ -108,7 +115,8 @@ class LeaseProtocol(RuleBasedStateMachine):
         leases.register_worker(
             self.database, self.study_id, self.id_of(worker), host="h", pid=1, device="cpu"
         )
-        self.registered.add(self.id_of(worker))
+        self.places[self.id_of(worker)] = self.id_of(worker)
+        self.sick.discard(self.id_of(worker))
 
     @rule(worker=WORKERS)
     def claim(self, worker: str) -> None:
@@ -151,6 +159,10 @@ class LeaseProtocol(RuleBasedStateMachine):
         if self.holds(lease) and name in params:
             write()
             assert suggested == [params[name]]
+        elif name in params:  # of an ended trial Optuna may read it from memory, and writes nothing
+            with contextlib.suppress(LeaseLost):
+                write()
+            assert suggested in ([], [params[name]])
         elif self.may_write(lease, trial_id, write):
             params[name] = suggested[0]
             assert self.trials[trial_id].fixed.get(name, params[name]) == params[name]
@@ -182,10 +194,13 @@ class LeaseProtocol(RuleBasedStateMachine):
         def call() -> None:
             self.owners[lease.token].report(lease, step, value, images_per_second=1.0)
 
-        if self.may_write(lease, trial_id, call):
-            self.trials[trial_id].values[str(step)] = value
-        if self.holds(lease):  # also where the trial has ended: Optuna commits before it refuses
-            self.leases[lease.lease_id].barren_attempts = 0
+        values = self.trials[trial_id].values
+        is_new = step > max(map(int, values), default=0)
+        written = self.may_write(lease, trial_id, call)
+        if written:
+            values[str(step)] = value
+        if written and is_new:  # what an earlier attempt has reported is no progress
+            self.leases[lease.lease_id].fruitless_attempts = 0
 
     @precondition(lambda self: self.given)
     @rule(age=AGES, state=ENDS)
@@ -214,7 +229,7 @@ class LeaseProtocol(RuleBasedStateMachine):
         found = leases.renew(self.database, lease, worker_id, lease_seconds=LONG)
         renews = self.holds(lease) and self.leases[lease.lease_id].until != "free"
         assert found.holds_lease is renews
-        assert found.study_goes_on is (worker_id in self.registered and not self.stopped)
+        assert found.study_goes_on is (worker_id in self.places and not self.stopped)
         if renews:
             self.leases[lease.lease_id].until = "held"
 
@@ -225,20 +240,50 @@ class LeaseProtocol(RuleBasedStateMachine):
         leases.release(self.database, lease)
         if self.holds(lease):
             model = self.leases[lease.lease_id]
-            model.until, model.worker_id, model.barren_attempts = "free", None, 0
+            model.until, model.worker_id, model.fruitless_attempts = "free", None, 0
+            if model.trial_id is None:
+                del self.leases[lease.lease_id]
+
+    @precondition(lambda self: self.given)
+    @rule(age=AGES, position=st.integers(1, 3))
+    def save_within_an_epoch(self, age: int, position: int) -> None:
+        lease = self.lease_of(age)
+        leases.advance(self.database, lease, position)
+        if self.holds(lease) and self.leases[lease.lease_id].position < position:
+            model = self.leases[lease.lease_id]
+            model.position, model.fruitless_attempts = position, 0
+
+    @precondition(lambda self: self.given)
+    @rule(age=AGES, may_be_the_trials=st.booleans())
+    def give_back_after_an_error(self, age: int, may_be_the_trials: bool) -> None:
+        lease, error = self.lease_of(age), f"error {next(self.numbers)}"
+        leases.give_back(self.database, lease, error, may_be_the_trials=may_be_the_trials)
+        if self.holds(lease):
+            model = self.leases[lease.lease_id]
+            place = self.places.get(model.worker_id or "")
+            if place is not None and place not in model.refused_by:
+                model.refused_by.append(place)
+            model.errors += may_be_the_trials
+            model.until, model.worker_id, model.last_error = "free", None, error
             if model.trial_id is None:
                 del self.leases[lease.lease_id]
 
     # what happens to workers
 
-    @rule(worker=WORKERS)
-    def die(self, worker: str) -> None:
+    @rule(worker=WORKERS, cause=st.sampled_from([None, "killed by signal 9"]))
+    def die(self, worker: str, cause: str | None) -> None:
         """Where the launcher sees it; elsewhere leases expire."""
-        leases.forget_worker(self.database, self.id_of(worker))
-        self.registered.discard(self.id_of(worker))
-        for model in self.leases.values():
-            if model.worker_id == self.id_of(worker):
-                model.until, model.worker_id = "free", None
+        held = leases.forget_worker(self.database, self.id_of(worker), cause=cause)
+        if self.id_of(worker) not in self.sick:
+            self.places.pop(self.id_of(worker), None)
+        assert held is self.freed(worker, cause)
+
+    @rule(worker=WORKERS)
+    def fall_sick(self, worker: str) -> None:
+        leases.mark_sick(self.database, self.id_of(worker), "no disk")
+        if self.id_of(worker) in self.places:
+            self.sick.add(self.id_of(worker))
+        self.freed(worker, "no disk")
 
     @precondition(lambda self: self.given)
     @rule(age=AGES)
@@ -354,13 +399,15 @@ class LeaseProtocol(RuleBasedStateMachine):
         free = {
             lease.trial_id: lease
             for lease in self.leases.values()
-            if lease.trial_id is not None and self.is_free(lease)
+            if lease.trial_id is not None
+            and self.is_free(lease)
+            and not self.is_for_others(lease, worker_id)
         }
         if free:
             lease = free[min(free)]
             lease.worker_id, lease.until = worker_id, "held"
             lease.attempts += 1
-            lease.barren_attempts += 1
+            lease.fruitless_attempts += 1
             return lease
         if self.num_finished + self.num_open >= self.budget:
             return NoWork.DONE if self.num_finished >= self.budget else NoWork.BUSY
@@ -378,9 +425,8 @@ class LeaseProtocol(RuleBasedStateMachine):
                 continue
             elif self.trials[lease.trial_id].has_ended:
                 self.end_lease(lease)
-            elif self.is_free(lease) and lease.barren_attempts >= MOST_BARREN_ATTEMPTS:
-                reason = "3 attempts in a row died or hung without a report"
-                self.expect_failure(lease.trial_id, reason)
+            elif self.is_free(lease) and lease.fruitless_attempts >= MOST_FRUITLESS_ATTEMPTS:
+                self.expect_failure(lease.trial_id, fruitless_reason(lease.last_error))
                 self.end_lease(lease)
         for trial_id in self.asked_outside:
             self.expect_failure(trial_id, "asked for, but never bound to a worker")
@@ -394,6 +440,27 @@ class LeaseProtocol(RuleBasedStateMachine):
         assert lease.trial_id is not None
         lease.worker_id, lease.until, lease.ended = None, "free", True
         self.failures.append(self.trials[lease.trial_id].state == "FAIL")
+
+    def freed(self, worker: str, cause: str | None) -> bool:
+        """Whether the worker held a lease, which nobody holds now."""
+        held = [m for m in self.leases.values() if m.worker_id == self.id_of(worker)]
+        for model in held:
+            model.until, model.worker_id = "free", None
+            model.last_error = cause or model.last_error
+        return bool(held)
+
+    def is_for_others(self, lease: ModelLease, worker_id: str) -> bool:
+        """Whether this worker gave the trial back, and one that did not is there to take it.
+
+        Nobody counts as there for longer than a lease, but just after a restart, as it is made
+        here.
+        """
+        if self.places.get(worker_id) not in lease.refused_by:
+            return False
+        others = self.places.keys() - self.sick - {worker_id}
+        return self.just_restarted and any(
+            self.places[other] not in lease.refused_by for other in others
+        )
 
     def is_free(self, lease: ModelLease) -> bool:
         if lease.until == "past":
@@ -447,6 +514,9 @@ class LeaseProtocol(RuleBasedStateMachine):
         studies.relaunch(self.database, self.study_id, budget=budget, timeout_seconds=None)
         self.budget = budget or self.budget
         self.stopped, self.failures = False, []
+        for worker_id in self.sick:
+            del self.places[worker_id]
+        self.sick.clear()
 
     def id_of(self, worker: str) -> str:
         return f"{self.study_id}-{worker}"
@@ -482,7 +552,8 @@ _LEASES = text("""
     SELECT lease_id, token, worker_id, trial_id,
         CASE WHEN expires_at IS NULL THEN 'free' WHEN expires_at < now() THEN 'past'
             ELSE 'held' END,
-        attempts, barren_attempts, ended_at IS NOT NULL
+        attempts, fruitless_attempts, ended_at IS NOT NULL, position, errors, last_error,
+        refused_by
     FROM hpo_leases WHERE study_id = :study
 """)
 

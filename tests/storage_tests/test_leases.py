@@ -182,14 +182,18 @@ def test_three_attempts_without_a_report_end_a_trial(database: Database) -> None
     for attempt in (1, 2, 3):
         lease = begin(database, study, f"w{attempt}")
         assert lease.attempts == attempt
-        leases.forget_worker(database, f"w{attempt}")
+        leases.forget_worker(database, f"w{attempt}", cause="killed by signal 9")
     leases.reap(database, record.study_id)
     trial = snapshot(database, record.study_id).trials[0]
     assert trial.state == "FAIL"
-    assert trial.attributes["reason"] == "3 attempts in a row died or hung without a report"
+    assert trial.attributes["reason"] == (
+        "3 attempts in a row came no further; the last one: killed by signal 9"
+    )
 
 
-def test_a_report_makes_the_count_of_barren_attempts_begin_anew(database: Database) -> None:
+def test_only_a_new_step_makes_the_count_of_fruitless_attempts_begin_anew(
+    database: Database,
+) -> None:
     record = make_study(database, budget=1)
     study = OpenStudy(database, record)
     for attempt in range(6):
@@ -197,6 +201,102 @@ def test_a_report_makes_the_count_of_barren_attempts_begin_anew(database: Databa
         study.report(lease, attempt, 0.1, images_per_second=1.0)
         leases.forget_worker(database, f"w{attempt}")
     assert states(database, record) == ["WAITING"]
+
+
+def test_an_attempt_that_only_repeats_what_was_reported_is_fruitless(database: Database) -> None:
+    record = make_study(database, budget=1)
+    study = OpenStudy(database, record)
+    for attempt in range(4):
+        lease = begin(database, study, f"w{attempt}")
+        study.report(lease, 1, 0.1, images_per_second=1.0)
+        study.report(lease, 4, 0.1, images_per_second=1.0)
+        leases.forget_worker(database, f"w{attempt}")
+    leases.reap(database, record.study_id)
+    assert states(database, record) == ["FAIL"]
+
+
+def test_a_checkpoint_further_on_within_an_epoch_is_progress_too(database: Database) -> None:
+    record = make_study(database, budget=1)
+    study = OpenStudy(database, record)
+    for attempt in range(6):
+        lease = begin(database, study, f"w{attempt}")
+        leases.advance(database, lease, 100 + attempt)
+        leases.forget_worker(database, f"w{attempt}")
+    assert states(database, record) == ["WAITING"]
+    for attempt in range(2):
+        lease = begin(database, study, f"v{attempt}")
+        leases.advance(database, lease, 100)
+        leases.forget_worker(database, f"v{attempt}")
+    lease = begin(database, study, "v3")
+    leases.forget_worker(database, "v3")
+    leases.reap(database, record.study_id)
+    assert states(database, record) == ["FAIL"]
+
+
+def known(database: Database, record: StudyRecord, worker: str, place: str) -> None:
+    leases.register_worker(
+        database, record.study_id, worker, host="h", pid=1, device="cpu", place=place
+    )
+
+
+def test_a_place_that_gave_a_trial_back_leaves_it_to_another_one(database: Database) -> None:
+    record = make_study(database)
+    study = OpenStudy(database, record)
+    known(database, record, "sick", "here")
+    known(database, record, "well", "there")
+    first = begin(database, study, "sick")
+    leases.give_back(database, first, "OSError: no space", may_be_the_trials=True)
+    known(database, record, "sick again", "here")
+    assert claim(database, record, "sick again").trial_id is None
+    second = claim(database, record, "well")
+    assert (second.trial_id, second.errors) == (first.trial_id, 1)
+
+
+def test_a_place_takes_its_own_trial_again_where_there_is_no_other(database: Database) -> None:
+    record = make_study(database)
+    study = OpenStudy(database, record)
+    known(database, record, "w", "here")
+    first = begin(database, study, "w")
+    leases.give_back(database, first, "OSError: no space", may_be_the_trials=False)
+    second = claim(database, record, "w")
+    assert (second.trial_id, second.errors) == (first.trial_id, 0)
+
+
+def test_errors_of_its_own_make_a_worker_sick_until_one_of_its_place_works(
+    database: Database,
+) -> None:
+    record = make_study(database)
+    for number in (1, 2):
+        known(database, record, f"w{number}", "here")
+        leases.mark_sick(database, f"w{number}", f"no disk {number}")
+        leases.forget_worker(database, f"w{number}")
+    study = snapshot(database, record.study_id)
+    assert [(sick.id, sick.reason) for sick in study.sick] == [("w2", "no disk 2")]
+    assert study.workers == ()
+    known(database, record, "w3", "here")
+    assert snapshot(database, record.study_id).sick == ()
+
+
+def test_a_launch_without_a_time_limit_leaves_the_limit_of_one_that_runs(
+    database: Database,
+) -> None:
+    record = make_study(database)
+    relaunch(database, record.study_id, budget=None, timeout_seconds=3600)
+    known(database, record, "w", "here")
+    relaunch(database, record.study_id, budget=None, timeout_seconds=None)
+    assert has_deadline(database, record)
+    leases.forget_worker(database, "w")
+    relaunch(database, record.study_id, budget=None, timeout_seconds=None)
+    assert not has_deadline(database, record)
+
+
+def has_deadline(database: Database, record: StudyRecord) -> bool:
+    with database.engine.connect() as connection:
+        found = connection.execute(
+            text("SELECT deadline IS NOT NULL FROM hpo_studies WHERE study_id = :s"),
+            {"s": record.study_id},
+        )
+        return bool(found.scalar())
 
 
 def test_a_trial_asked_for_outside_is_swept(database: Database) -> None:

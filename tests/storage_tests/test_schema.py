@@ -6,7 +6,10 @@ from sqlalchemy import text
 
 from storage.database import Database
 from storage.errors import StorageError
+from storage.leases import register_worker
 from storage.schema import VERSION, ensure_tables
+from storage.studies import find_study
+from tests.parts import make_study
 
 _ARRIVE = """
 import sys
@@ -37,4 +40,45 @@ def test_tables_of_another_version_are_refused(database: Database) -> None:
     with database.engine.begin() as connection:
         connection.execute(text("UPDATE hpo_schema SET version = 99"))
     with pytest.raises(StorageError, match=f"version 99, this program writes {VERSION}"):
+        ensure_tables(database)
+
+
+_AS_VERSION_2 = """
+    ALTER TABLE hpo_leases RENAME COLUMN fruitless_attempts TO barren_attempts;
+    ALTER TABLE hpo_leases DROP COLUMN position, DROP COLUMN errors, DROP COLUMN last_error,
+        DROP COLUMN refused_by;
+    ALTER TABLE hpo_workers DROP COLUMN place, DROP COLUMN state, DROP COLUMN reason;
+    UPDATE hpo_schema SET version = 2;
+"""
+
+
+def columns(database: Database) -> list[tuple[str, ...]]:
+    with database.engine.connect() as connection:
+        rows = connection.execute(
+            text(
+                "SELECT table_name, column_name, data_type, column_default, is_nullable"
+                " FROM information_schema.columns WHERE table_name LIKE 'hpo_%' ORDER BY 1, 2"
+            )
+        )
+        return [tuple(row) for row in rows]
+
+
+def test_tables_of_version_2_are_brought_up_to_date_with_their_studies(database: Database) -> None:
+    new = columns(database)
+    record = make_study(database, name="old")
+    with database.engine.begin() as connection:
+        connection.exec_driver_sql(_AS_VERSION_2)
+    ensure_tables(database)
+    assert columns(database) == new
+    assert find_study(database, "old") == record
+
+
+def test_tables_are_left_alone_while_workers_of_the_earlier_version_run(
+    database: Database,
+) -> None:
+    record = make_study(database)
+    register_worker(database, record.study_id, "w", host="h", pid=1, device="cpu")
+    with database.engine.begin() as connection:
+        connection.exec_driver_sql(_AS_VERSION_2)
+    with pytest.raises(StorageError, match="workers of an earlier hpo use these tables"):
         ensure_tables(database)
