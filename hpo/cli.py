@@ -213,15 +213,17 @@ def worker(
     """Run one worker here, for a study launched anywhere."""
     import_all(["hpo.worker"])
 
+    from hpo.executors.local import settle_down
     from hpo.worker import Worker
-    from trainer.device import available_devices
 
     logging.getLogger().setLevel(logging.INFO)
+    given_id = os.environ.get("HPO_WORKER_ID")
     working = Worker(
         _database(storage),
         study,
-        device=device or available_devices()[0],
-        given_id=os.environ.get("HPO_WORKER_ID"),
+        device=device if device and given_id else settle_down(device),
+        given_id=given_id,
+        place=os.environ.get("HPO_WORKER_PLACE"),
     )
     raise typer.Exit(working.run())
 

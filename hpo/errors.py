@@ -16,9 +16,16 @@ Only cli.py exits. Every message is one line: the cause, and the way out.
 """
 
 import enum
+import re
 
 from storage.errors import StorageError, StudyNotFound
 from trainer.config import ConfigError, DataError
+
+_OF_A_DEVICE = re.compile(
+    r"CUDA error|CUDA driver|cuDNN error|CUDNN_STATUS|CUBLAS_STATUS|CUFFT_|NCCL error|"
+    r"no kernel image|device-side assert|MPS backend"
+)
+"""What torch's RuntimeErrors say of a device that can't go on."""
 
 
 class ExitCode(enum.IntEnum):
@@ -31,6 +38,8 @@ class ExitCode(enum.IntEnum):
     NO_TRIAL = 4
     DATA = 5
     STUDY_FAILS = 6
+    GIVEN_BACK = 75
+    """A worker has given its trial back after an error: another process is to try it."""
     INTERRUPTED = 130
 
 
@@ -84,3 +93,21 @@ def exit_code(error: Exception) -> ExitCode | None:
         if isinstance(error, kind):
             return code
     return None
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether the machine that a training runs on is more likely at fault than the training.
+
+    Such are files, packages, host memory and devices. Where a worker gives its trial back with such
+    an error, nothing is held against the trial as long as another attempt comes further.
+    """
+    if isinstance(error, OSError | ImportError | MemoryError | DataError):
+        return True
+    if type(error).__name__ in ("AcceleratorError", "DeviceBusy"):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OF_A_DEVICE.search(str(error)))
+
+
+def one_line(error: BaseException) -> str:
+    """The error in a line: its kind, and what it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")

@@ -12,6 +12,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
+from hpo.errors import one_line
 from hpo.folding import bytes_beside_a_model, folds_of, work_of_an_epoch
 from hpo.measured import measured_once
 from hpo.points import RECIPE, suggest_config
@@ -81,7 +82,10 @@ class TrialRun:
         )
 
     def run(self) -> Outcome:
-        """Train until the trial's end and tell it. Raises LeaseLost, and what `pulse` raises."""
+        """Train until the trial's end and tell it.
+
+        Raises LeaseLost, what `pulse` raises, and any error that is no result of the training.
+        """
         try:
             with self._spent.on("setup"):
                 config = self._suggest()
@@ -93,14 +97,12 @@ class TrialRun:
                 reason=str(failure),
                 constraints={"trainable": 1.0},
             )
-        except ConfigError as error:
-            outcome = Outcome(state=TrialState.FAIL, value=None, reason=str(error))
         self._tell(outcome)
         return outcome
 
     def fail(self, error: Exception) -> Outcome:
-        """End the trial after an error that is none of its results."""
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+        """End the trial after an error that is none of its results. Raises LeaseLost."""
+        reason = str(error) if isinstance(error, ConfigError) else one_line(error)
         outcome = Outcome(state=TrialState.FAIL, value=None, reason=reason)
         self._tell(outcome)
         return outcome
@@ -108,7 +110,7 @@ class TrialRun:
     def _suggest(self) -> TrainConfig:
         """The trial's config: what it was made with, or an earlier attempt was given, is kept."""
         if "config" in self._attributes:
-            return TrainConfig.from_dict(self._attributes["config"])
+            return self._spec.trial_config(self._attributes["config"])
         # seeded by the trial, so that a resumed trial is proposed what it would have been
         seed = trial_seed(self._spec.seed, self.number)
         draw = Draw(

@@ -11,7 +11,7 @@ from hpo.spec import StudySpec
 from storage.database import Database
 from storage.snapshots import TrialSnapshot, snapshot
 from storage.studies import StudyRecord
-from trainer.config import TrainConfig, TrainingFailure
+from trainer.config import TrainingFailure
 
 _NEAR = 0.01
 """Value by which a GPU, whose sums come in any order, may differ."""
@@ -82,7 +82,7 @@ def replay_trial(
     if not steps:
         raise NoTrialError(f"trial {number} of {record.name} has no report to compare with")
     spec = StudySpec.from_json(record.spec)
-    config = TrainConfig.from_dict(trial.attributes["config"])
+    config = spec.trial_config(trial.attributes["config"])
     plan = DevicePlan.from_dict(trial.attributes["plan"]).on(_same_kind_of_device(trial))
     data = spec.load_data()
     replayed = []

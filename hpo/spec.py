@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hpo.errors import UsageError
 from hpo.limits import Limits
 from hpo.space import SearchSpace
-from trainer.config import Objective
+from trainer.config import ConfigError, Objective, TrainConfig
 from trainer.data.options import DEFAULT_OPTIONS, DataOptions
 
 if TYPE_CHECKING:
@@ -94,6 +94,26 @@ class StudySpec:
                 f"{self.data} is not the data that the study was made with: its fingerprint differs"
             )
         return data
+
+    def trial_config(self, values: Mapping[str, Any]) -> TrainConfig:
+        """The config that stands with a trial of this study.
+
+        Attributes of a trial are written by whoever can write to the database, and a network of the
+        user's own is code that runs here. So only networks and weights that the study was launched
+        with are taken. Raises ConfigError for others.
+        """
+        config = TrainConfig.from_dict(values)
+        if ":" in config.backbone and config.backbone not in self.space.choices("backbone"):
+            raise ConfigError(
+                f"backbone {config.backbone} stands with a trial, but the study was not launched "
+                "with it: it is not loaded"
+            )
+        if config.weights and config.weights not in self.weights:
+            raise ConfigError(
+                f"weights {config.weights} stand with a trial, but the study was not launched with "
+                "them: they are not loaded"
+            )
+        return config
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -12,13 +13,14 @@ import types
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from hpo.errors import ExitCode
+from hpo.errors import ExitCode, exit_code, is_of_the_machine, one_line
 from hpo.objective import TrialRun
+from hpo.readiness import check_device, check_networks
 from hpo.spec import StudySpec
 from hpo.spent import Spent
 from storage import leases
 from storage.database import OUTAGE_SECONDS, Database
-from storage.errors import LeaseLost, StudyNotFound
+from storage.errors import DatabaseUnreachable, LeaseLost, StudyNotFound
 from storage.leases import Lease, NoWork
 from storage.schema import ensure_tables
 from storage.studies import OpenStudy, check_checkpoint_place, find_study
@@ -34,6 +36,10 @@ class Leave(Exception):
 
 class TrialTaken(Exception):
     """Somebody else has the trial: stop quietly."""
+
+
+class GivenBack(Exception):
+    """An error ended the trial's attempt, and ends this process: the message says which."""
 
 
 @dataclass
@@ -67,8 +73,7 @@ class LeaseKeeper(threading.Thread):
 
     def __init__(self, database: Database, worker_id: str, spec: StudySpec, pulse: Pulse) -> None:
         super().__init__(name="lease-keeper", daemon=True)
-        self._database, self._worker_id = database, worker_id
-        self._spec, self._pulse = spec, pulse
+        self._database, self._worker_id, self._spec, self._pulse = database, worker_id, spec, pulse
         self.lease: Lease | None = None
         self.ended = threading.Event()
 
@@ -106,57 +111,121 @@ class LeaseKeeper(threading.Thread):
 
     def _give_up(self) -> NoReturn:
         """A training that hangs can't be stopped but with its process; its trial is free then."""
-        logger.error("no batch in %.0f s: this worker hangs and ends", self._spec.stall_seconds)
+        said = f"no optimizer step in {self._spec.stall_seconds:.0f} s: it hung"
+        logger.error("%s, and this worker ends", said)
         with contextlib.suppress(Exception):
-            leases.forget_worker(self._database, self._worker_id)
-        os._exit(ExitCode.UNEXPECTED)
+            leases.forget_worker(self._database, self._worker_id, cause=said)
+        os._exit(ExitCode.GIVEN_BACK)
 
 
 class Worker:
     """Runs trials of one study on one device."""
 
     def __init__(
-        self, database: Database, study_name: str, *, device: str, given_id: str | None = None
+        self,
+        database: Database,
+        study_name: str,
+        *,
+        device: str,
+        given_id: str | None = None,
+        place: str | None = None,
     ) -> None:
-        """given_id: what a launcher calls this worker; None for one that stands alone.
-
-        Raises StorageError, StudyNotFound, UsageError or DataError if it can't begin.
+        """given_id: what a launcher calls this worker; None for one that stands alone. place: what
+        it shares with the workers that replace it.
         """
         self._free_since = time.perf_counter()
-        self._database, self._device = database, device
+        self._database, self._study_name, self._device = database, study_name, device
         self._pulse = Pulse()
-        check_checkpoint_place()
-        database.open()
-        database.patience_seconds = OUTAGE_SECONDS
-        database.cancelled = self._pulse.leaving
-        database.while_waiting = self._pulse.wait
-        ensure_tables(database)
-        record = find_study(database, study_name)
-        self._spec = StudySpec.from_json(record.spec)
-        self._study = OpenStudy(database, record)
-        self._data = self._spec.load_data()
-        host = socket.gethostname()
-        self._worker_id = given_id or f"{host}-{os.getpid()}"
-        leases.register_worker(
-            database, record.study_id, self._worker_id, host=host, pid=os.getpid(), device=device
-        )
-        self._keeper = LeaseKeeper(database, self._worker_id, self._spec, self._pulse)
+        self._host = socket.gethostname()
+        self._is_launched = given_id is not None
+        self._worker_id = given_id or f"{self._host}-{os.getpid()}-{secrets.token_hex(3)}"
+        self._place = place
+        self._keeper: LeaseKeeper | None = None
+        self._is_preparing = False
 
     def run(self) -> ExitCode:
-        """Work until the study has no more for this worker."""
+        """Work until the study has no more for this worker.
+
+        Raises StorageError, StudyNotFound, UsageError, ConfigError or DataError if it can't begin.
+        """
         for received in _LEAVE:
             signal.signal(received, self._on_signal)
-        self._keeper.start()
         try:
+            self._open()
+            self._prepare()
             return self._work()
-        except Leave:
+        except (Leave, KeyboardInterrupt):
             return self._left()
+        except GivenBack as error:
+            logger.error("this worker ends: %s", error)
+            return ExitCode.GIVEN_BACK
         except StudyNotFound:
+            if self._keeper is None:
+                raise
             logger.warning("the study was deleted: leaving")
             return ExitCode.DONE
+        except DatabaseUnreachable as error:
+            if self._pulse.leaving.is_set():
+                return self._left()
+            if self._keeper is None and not self._is_launched:
+                raise
+            # no trial is ended by it: its lease runs out, and its checkpoints stay
+            logger.error("leaving, since the database stays away: %s", error)
+            return ExitCode.GIVEN_BACK
         finally:
-            self._keeper.ended.set()
-            self._database.patience_seconds = 5.0
+            self._leave()
+
+    def _open(self) -> None:
+        """The database and the study; from here on the worker is known to be there."""
+        check_checkpoint_place()
+        database = self._database
+        database.cancelled = self._pulse.leaving
+        database.while_waiting = self._pulse.wait
+        if self._is_launched:  # its launcher has found the database: where it is full, there
+            database.patience_seconds = OUTAGE_SECONDS  # will be room
+        database.open()
+        database.patience_seconds = OUTAGE_SECONDS
+        ensure_tables(database)
+        self._record = find_study(database, self._study_name)
+        self._spec = StudySpec.from_json(self._record.spec)
+        self._register("starting")
+        self._keeper = LeaseKeeper(database, self._worker_id, self._spec, self._pulse)
+        self._keeper.start()
+
+    def _prepare(self) -> None:
+        """What each trial needs, before the first one is claimed."""
+        self._is_preparing = True
+        try:
+            check_device(self._device)
+            check_networks(self._spec)
+            self._data = self._spec.load_data()
+        except Exception as error:
+            said = str(error) if exit_code(error) is not None else one_line(error)
+            leases.mark_sick(self._database, self._worker_id, " ".join(said.split()))
+            raise
+        finally:
+            self._is_preparing = False
+        self._study = OpenStudy(self._database, self._record)
+        self._register("working")
+
+    def _register(self, state: str) -> None:
+        leases.register_worker(
+            self._database,
+            self._record.study_id,
+            self._worker_id,
+            host=self._host,
+            pid=os.getpid(),
+            device=self._device,
+            place=self._place,
+            state=state,
+        )
+
+    def _leave(self) -> None:
+        if self._keeper is None:
+            return
+        self._keeper.ended.set()
+        self._database.patience_seconds = 5.0
+        with contextlib.suppress(DatabaseUnreachable):  # the lease runs out by itself
             leases.forget_worker(self._database, self._worker_id)
 
     def _work(self) -> ExitCode:
@@ -185,8 +254,11 @@ class Worker:
         return ExitCode.INTERRUPTED if self._pulse.signalled else ExitCode.DONE
 
     def _run_trial(self, lease: Lease) -> None:
+        """One attempt. Raises Leave, and GivenBack after an error that is no result."""
+        assert self._keeper is not None
         self._pulse.taken, self._pulse.last_beat = False, time.monotonic()
         self._keeper.lease = lease
+        trial: TrialRun | None = None
         try:
             trial = TrialRun(
                 self._study,
@@ -198,27 +270,51 @@ class Worker:
                 spent=Spent(worker_id=self._worker_id, since=self._free_since),
             )
             logger.info("trial %d: attempt %d", trial.number, lease.attempts)
-            try:
-                outcome = trial.run()
-            except (Leave, LeaseLost, TrialTaken):
-                raise
-            except Exception as error:
-                if self._pulse.leaving.is_set():
-                    raise Leave from error
-                logger.exception("trial %d failed", trial.number)
-                outcome = trial.fail(error)
+            outcome = trial.run()
             logger.info("trial %d: %s, %s", trial.number, outcome.state.name, outcome.reason)
         except Leave:
             leases.release(self._database, lease)
             raise
         except (LeaseLost, TrialTaken):
             logger.warning("the lease is gone: somebody else has the trial")
+        except (DatabaseUnreachable, StudyNotFound):
+            raise
+        except Exception as error:
+            if self._pulse.leaving.is_set():
+                leases.release(self._database, lease)
+                raise Leave from error
+            self._end_after(error, lease, trial)
         finally:
             self._keeper.lease = None
             self._free_since = time.perf_counter()
+
+    def _end_after(self, error: Exception, lease: Lease, trial: TrialRun | None) -> NoReturn:
+        """Give the trial back, or end it if it has failed before in another process.
+
+        This process ends either way: what the error has left behind in it (a dead CUDA context,
+        half a library) would meet the next trial.
+        """
+        said = one_line(error)
+        logger.error("an error ended an attempt at a trial", exc_info=error)
+        of_the_machine = is_of_the_machine(error)
+        try:
+            if trial is not None and lease.errors and not of_the_machine:
+                trial.fail(error)
+                said = f"trial {trial.number} has failed again and is ended: {said}"
+            else:
+                leases.give_back(self._database, lease, said, may_be_the_trials=not of_the_machine)
+                number = "a trial" if trial is None else f"trial {trial.number}"
+                said = f"{number} is given back: {said}"
+        except LeaseLost:
+            logger.warning("the lease is gone: somebody else has the trial")
+        if of_the_machine:
+            leases.mark_sick(self._database, self._worker_id, said)
+        raise GivenBack(said) from error
 
     def _on_signal(self, _number: int, _frame: types.FrameType | None) -> None:
         if self._pulse.leaving.is_set():
             os._exit(ExitCode.INTERRUPTED)
         self._pulse.signalled = True
         self._pulse.leaving.set()
+        if self._is_preparing:  # reading data may take minutes, and holds no trial
+            raise KeyboardInterrupt

@@ -27,6 +27,7 @@ FIRST_ANSWER_SECONDS = 10.0
 """How long a command tries for its first connection."""
 OUTAGE_SECONDS = 900.0
 """How long running workers and launchers wait for a database that has gone."""
+_SAY_AGAIN_SECONDS = 60.0
 _CONNECT_SECONDS = 5.0
 _STATEMENT_SECONDS = 15
 _ANSWER_SECONDS = 20.0
@@ -106,9 +107,10 @@ class Database:
         Raises DatabaseUnreachable when `patience_seconds` are over, StorageError for what waiting
         doesn't mend (a wrong password, missing rights).
         """
-        deadline = time.monotonic() + self.patience_seconds
+        started = time.monotonic()
+        deadline = started + self.patience_seconds
         pause = 0.05
-        told = False
+        say_at = started + 1.0
         while True:
             try:
                 return call()
@@ -120,9 +122,10 @@ class Database:
                     raise StorageError(f"{self.name} refuses: {reason}") from None
                 if time.monotonic() + pause > deadline or self.cancelled.is_set():
                     raise DatabaseUnreachable(f"{self.name} gives no answer: {reason}") from None
-                if not told and pause > 0.5:
-                    told = True
-                    logger.warning("waiting for the database: %s", reason)
+                waited = time.monotonic() - started
+                if time.monotonic() >= say_at:
+                    say_at += _SAY_AGAIN_SECONDS
+                    logger.warning("waiting for the database (%.0f s so far): %s", waited, reason)
                 self._pause(pause * random.uniform(0.5, 1.0))
                 pause = min(2 * pause, 5.0)
                 if self.embedded is not None:

@@ -12,6 +12,7 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from hpo.claims import Claim, claim_core, claim_gpu, device_key, least_used
 from hpo.errors import UsageError
 from hpo.logs import open_log
 from storage.home import home
@@ -69,6 +71,17 @@ class LocalExecutor:
         self._logs = home() / "logs" / f"{study_key:d}"
         self._environment = {} if storage_url is None else {"HPO_STORAGE": storage_url}
         self._num_started = 0
+        # random, too: containers that share a host's name have the same pids
+        self._launcher = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self._claims: dict[int, Claim] = {}
+        self._cores: dict[int, int] = {}
+
+    def close(self) -> None:
+        """Leave the cores and GPUs of its workers, which have ended, to other launches."""
+        for claim in self._claims.values():
+            claim.release()
+        self._claims.clear()
+        self._cores.clear()
 
     @property
     def num_workers(self) -> int:
@@ -80,11 +93,10 @@ class LocalExecutor:
         warm_up()
         self._num_started += 1
         device = self._devices[index]
-        worker_id = f"{socket.gethostname()}-{os.getpid()}-{index}-{self._num_started}"
+        worker_id = f"{self._launcher}-{index}-{self._num_started}"
         log = self._logs / f"worker-{index}.log"
         os.close(open_log(log))  # what is wrong with it is said here, not in the worker
         arguments = ["worker", "--study", self._study_name, "--device", device]
-        cores = _cores()
         process = multiprocessing.get_context("forkserver").Process(
             target=_run_worker,
             args=(self._command_line, arguments),
@@ -92,10 +104,11 @@ class LocalExecutor:
                 "environment": {
                     **self._environment,
                     "HPO_WORKER_ID": worker_id,
-                    "HPO_WORKER_CORES": str(len(cores)),
+                    "HPO_WORKER_PLACE": f"{self._launcher}/{device}",
+                    "HPO_WORKER_CORES": str(num_cores()),
                 },
                 "log": log,
-                "core": cores[index % len(cores)] if device == "cpu" else None,
+                "core": self._claimed(index),
             },
         )
         process.start()
@@ -107,6 +120,25 @@ class LocalExecutor:
             process=process,
             started_at=time.monotonic(),
         )
+
+    def _claimed(self, index: int) -> int | None:
+        """The core that the worker of this index is pinned to; its GPU is counted as in use.
+
+        A core that no other launch uses, while there is one.
+        """
+        device = self._devices[index]
+        if index not in self._claims:
+            if device != "cpu":
+                claim = claim_gpu(device_key(device))
+                if claim is not None:
+                    self._claims[index] = claim
+                return None
+            cores = _cores()
+            found = claim_core(cores[index % len(cores) :] + cores[: index % len(cores)])
+            if found is None:
+                return cores[index % len(cores)]
+            self._cores[index], self._claims[index] = found
+        return self._cores.get(index)
 
     def wait(self, workers: Sequence[LocalWorker], seconds: float) -> None:
         """Until one of them has ended, or for so long."""
@@ -165,6 +197,33 @@ def _run_worker(
     if core is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
     command_line(arguments)
+
+
+def settle_down(device: str | None) -> str:
+    """Give this process, a worker that no launcher started, its device for as long as it lives.
+
+    device: None is the one that fewest workers of this machine use. On a CPU the process is pinned
+    to a core that nobody has claimed, if there is one. Imports torch.
+    """
+    from trainer.device import available_devices
+
+    chosen = device or least_used(available_devices())[0]
+    if chosen == "cpu":
+        found = claim_core(_cores())
+        if found is not None and hasattr(os, "sched_setaffinity"):
+            core, claim = found
+            os.environ.setdefault("HPO_WORKER_CORES", str(num_cores()))
+            os.sched_setaffinity(0, {core})
+            _held.append(claim)
+    elif chosen in available_devices():
+        claimed = claim_gpu(device_key(chosen))
+        if claimed is not None:
+            _held.append(claimed)
+    return chosen
+
+
+_held: list[Claim] = []
+"""Of this process, until it ends."""
 
 
 def worker_devices(available: Sequence[str], chosen: str | None, workers: str) -> list[str]:
