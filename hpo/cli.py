@@ -239,7 +239,7 @@ def status(
     import time
 
     from hpo.progress import ProgressView
-    from hpo.status import status_json
+    from hpo.status import sick_lines, status_json
     from storage.leases import reap
     from storage.snapshots import snapshot
 
@@ -256,8 +256,10 @@ def status(
     now = snapshot(database, record.study_id)
     if as_json:
         _print_json(status_json(record.name, now))
-    else:
-        typer.echo(view.line(now))
+        return
+    typer.echo(view.line(now))
+    for line in sick_lines(now):
+        typer.echo(line)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """What is known of a study, in the form that `--json` prints."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,12 +75,19 @@ def status_json(name: str, study: StudySnapshot) -> dict[str, Any]:
                 "host": worker.host,
                 "pid": worker.pid,
                 "device": worker.device,
+                "state": worker.state,
                 "trial": worker.trial,
                 "epoch": None if worker.trial is None else (worker.step or 0) / STEPS_PER_EPOCH,
             }
             for worker in study.workers
         ],
+        "sick": [dataclasses.asdict(worker) for worker in study.sick],
     }
+
+
+def sick_lines(study: StudySnapshot) -> list[str]:
+    """A line for each worker that has left for a reason of its own."""
+    return [f"{worker.id} on {worker.device} has left: {worker.reason}" for worker in study.sick]
 
 
 def trials_json(study: StudySnapshot) -> list[dict[str, Any]]:
