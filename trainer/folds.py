@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import statistics
@@ -15,7 +16,7 @@ from trainer.config import Objective, TrainConfig
 from trainer.data.dataset import ImageDataset
 from trainer.device import DevicePlan
 from trainer.evaluate import no_pulse
-from trainer.loop import train
+from trainer.loop import no_keep, train
 from trainer.reports import ProgressReport, ReportValues, stop_reason
 from trainer.seeds import derived_seed
 from trainer.state import (
@@ -31,18 +32,28 @@ from trainer.state import (
 
 @dataclass(kw_only=True, eq=False)
 class FoldsState:
-    """The states of all folds at the same step, and the reports of all together."""
+    """How far all folds are, and the reports of all together.
+
+    At a report the folds are at the same step. Between two reports one fold is within its leg, and
+    those before it may have made their next report already.
+    """
 
     config: TrainConfig
-    states: Sequence[TrainState]
+    folds: Sequence[TrainState | bytes | None]
+    """A fold that this process has not trained yet is the bytes that it goes on from, or None."""
     history: list[dict[str, Any]]
+
+    @property
+    def states(self) -> list[TrainState]:
+        """Of the folds that this process has trained: at a report, of all."""
+        return [fold for fold in self.folds if isinstance(fold, TrainState)]
 
     def to_bytes(self) -> bytes:
         """As TrainState.to_bytes: each fold's own checkpoint is in it as a tensor of its bytes."""
         file = io.BytesIO()
         folds = [
-            torch.frombuffer(bytearray(state.to_bytes()), dtype=torch.uint8)
-            for state in self.states
+            _as_tensor(fold.to_bytes() if isinstance(fold, TrainState) else fold)
+            for fold in self.folds
         ]
         content = {
             "format": FORMAT,
@@ -73,18 +84,26 @@ def train_folds(
     *,
     resume: bytes | None = None,
     pulse: Callable[[], None] = no_pulse,
+    keep: Callable[[FoldsState], None] = no_keep,
     try_averages: Collection[str] = (),
     objective: Objective = "accuracy",
 ) -> Generator[FoldsReport, None, None]:
     """One training on each of the folds, in turn from report to report; else as train.
 
-    A report comes at each step that all of them report. Each has weights, order and augmentation
-    of a seed of its own. Early stopping is decided by the mean's history, for all at once. The
+    A report comes at each step that all of them report. keep is given the state of all folds, one
+    of them between two optimizer steps. Each has weights, order and augmentation of a seed of its
+    own. Early stopping is decided by the mean's history, for all at once. The
     device holds all models. Raises what train raises.
     """
     checkpoints, history = _resumed(resume, config, len(folds))
     if history and history[-1]["finished"]:
         return
+    now: list[TrainState | bytes | None] = list(checkpoints)
+
+    def keep_fold(index: int, state: TrainState) -> None:
+        now[index] = state
+        keep(FoldsState(config=config, folds=now, history=history))
+
     with contextlib.ExitStack() as stack:
         trainings = [
             stack.enter_context(
@@ -95,6 +114,8 @@ def train_folds(
                         plan,
                         resume=checkpoint,
                         pulse=pulse,
+                        keep=functools.partial(keep_fold, index),
+                        reported=history[-1]["step"] if history else 0,
                         try_averages=try_averages,
                         objective=objective,
                     )
@@ -150,7 +171,7 @@ def make_report(
             name: statistics.fmean(report.averages[name] for report in now)
             for name in sorted(averaged)
         },
-        state=FoldsState(config=config, states=[report.state for report in now], history=history),
+        state=FoldsState(config=config, folds=[report.state for report in now], history=history),
     )
     history.append(report.to_dict())
     return report
@@ -178,6 +199,13 @@ def _images_of(reports: Sequence[ProgressReport]) -> list[int]:
     return [after - before for before, after in itertools.pairwise(seen)][-len(reports) :]
 
 
+def _as_tensor(content: bytes | None) -> torch.Tensor:
+    """uint8 (bytes,); empty for a fold that begins anew."""
+    if content is None:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
 def _resumed(
     resume: bytes | None, config: TrainConfig, num_folds: int
 ) -> tuple[Sequence[bytes | None], list[dict[str, Any]]]:
@@ -191,4 +219,4 @@ def _resumed(
         raise CheckpointError("the checkpoint doesn't fit: its folds are no checkpoints")
     if len(kept) != num_folds:
         raise CheckpointError(f"the checkpoint has {len(kept)} folds, not {num_folds}")
-    return [fold.numpy().tobytes() for fold in kept], saved["history"]
+    return [fold.numpy().tobytes() or None for fold in kept], saved["history"]

@@ -1,7 +1,6 @@
 """train: the whole loop, a generator of ProgressReports."""
 
 import functools
-import time
 from collections.abc import Callable, Collection, Generator
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from trainer.augment import augment
 from trainer.backbones import as_fed, find_backbone
 from trainer.balance import loss_weights, with_smote
-from trainer.batches import batch_bounds, legs, num_micro_batches, order_of, to_device
+from trainer.batches import Leg, batch_bounds, legs, num_micro_batches, order_of, to_device
 from trainer.config import (
     Objective,
     TrainConfig,
@@ -30,9 +29,14 @@ from trainer.mixing import Partners, mix
 from trainer.module_loop import train_module
 from trainer.optim import clip_gradients, lr_at, set_lr
 from trainer.reports import ProgressReport, check_finite, make_report
-from trainer.seeds import own_randomness, seeded_generator
+from trainer.seeds import own_randomness
 from trainer.state import STEPS_AN_EPOCH, TrainState
 from trainer.transfer import sent
+from trainer.underway import Underway
+
+
+def no_keep(_state: object) -> None:
+    """Nothing."""
 
 
 def train(
@@ -42,6 +46,8 @@ def train(
     *,
     resume: bytes | None = None,
     pulse: Callable[[], None] = no_pulse,
+    keep: Callable[[TrainState], None] = no_keep,
+    reported: int | None = None,
     try_averages: Collection[str] = (),
     objective: Objective = "accuracy",
 ) -> Generator[ProgressReport, None, None]:
@@ -50,10 +56,15 @@ def train(
     An epoch of fewer than 8 batches has no report at its quarter, and what is reported there is of
     a fixed part of the validation images (early_part). resume: a state's to_bytes();
     training goes on after it, on a CPU bit for bit as if it had never stopped. pulse is called
-    before each batch, and what it raises ends the training. try_averages: names of averages whose
-    value the last report is to say. objective: which validation value that is, and patience looks
-    at. torch's own random state is the caller's between reports. Raises TrainingDiverged,
-    OutOfMemory, CheckpointError, ConfigError.
+    before each batch, and what it raises ends the training. keep is called with the state before
+    each batch of training, before pulse: there the state stands between two optimizer steps, and
+    its to_bytes() may be called. The time that keep takes counts in no report. A LightningModule's
+    training goes on from whole epochs and never calls keep. reported: the step of the newest report
+    that the caller has; later ones that `resume` holds are yielded again first, as they were (None:
+    none of them is). try_averages: names of averages whose value the last report is to say.
+    objective: which validation value that is, and patience looks at. torch's own random state is
+    the caller's between reports. Raises TrainingDiverged, OutOfMemory, CheckpointError,
+    ConfigError.
     """
     if is_module(config.backbone):
         yield from train_module(config, data, plan, resume=resume, pulse=pulse, objective=objective)
@@ -84,29 +95,36 @@ def train(
         step: Step = functools.partial(optimizer_step, state, weights=weights, model=model)
         if plan.graphs:
             step = GraphedStep(step, state.model, optimizer)
+    for past in [] if reported is None else list(state.history):
+        if past["step"] > reported:
+            yield ProgressReport(**past, state=state)
     for leg in [] if state.finished else legs(config.epochs, len(batches), state.step):
-        started = time.perf_counter()
+        state.is_whole = False
         randomness = own_randomness("leg", config.seed, leg.step, device=plan.device)
         with memory_errors(config, plan.device), randomness:
-            generator = seeded_generator("augment", config.seed, leg.step)
+            underway = state.underway = state.underway or begin_leg(config, leg, plan)
+            underway.go_on(plan.device)
             order = sent(order_of(config, leg.epoch, data.train.labels), plan.device)
-            total_loss = torch.zeros((), device=plan.device)
             model.train()
             thaw(state, (leg.epoch * len(batches) + leg.first_batch) / num_steps)
-            for index in range(leg.first_batch, leg.end_batch):
+            for index in range(underway.next_batch, leg.end_batch):
+                with state.between_steps(index):
+                    keep(state)
                 pulse()
                 steps_done = leg.epoch * len(batches) + index
                 set_lr(optimizer, lr_at(config, steps_done / num_steps))
                 chosen = order[slice(*batches[index])]
-                images = augment(train_split.images.index_select(0, chosen), config, generator)
+                images = train_split.images.index_select(0, chosen)
+                images = augment(images, config, underway.generator)
                 labels = train_split.labels.index_select(0, chosen)
-                images, partners = mix(normalise(images), labels, config, generator)
-                total_loss += step(images, labels, partners)
+                images, partners = mix(normalise(images), labels, config, underway.generator)
+                underway.total_loss += step(images, labels, partners)
                 state.averages.after_step(state.model, steps_done / num_steps)
             state.averages.after_epoch(state.model, leg.step / last_step)
             num_images = batches[leg.end_batch - 1][1] - batches[leg.first_batch][0]
-            train_loss = float(total_loss) / num_images  # waits for the device
-            trained = time.perf_counter()
+            train_loss = float(underway.total_loss) / num_images  # waits for the device
+            speed = num_images / underway.stop_clock()
+            state.underway = None
             state.step, state.images_seen = leg.step, state.images_seen + num_images
             judged = state.averages.models() if leg.step == last_step else {}
             shown = early_part(val_split) if leg.step < STEPS_AN_EPOCH else val_split
@@ -115,9 +133,9 @@ def train(
                 for judge in (state.result, *judged.values())
             ]
         check_finite(train_loss, val, leg, config)
-        state.seconds += time.perf_counter() - started
+        state.seconds += underway.stop_clock()
         averages = dict(zip(judged, (other.value(objective) for other in others), strict=True))
-        speed = num_images / (trained - started)
+        state.is_whole = True
         yield make_report(state, train_loss, val, speed, averages, objective)
         if state.finished:
             return
@@ -160,6 +178,11 @@ def optimizer_step(
     clip_gradients(state.model.parameters(), config.clip_norm)
     state.optimizer.step()
     return total
+
+
+def begin_leg(config: TrainConfig, leg: Leg, plan: DevicePlan) -> Underway:
+    """None of its batches has been trained on."""
+    return Underway.begin(config, step=leg.step, first_batch=leg.first_batch, device=plan.device)
 
 
 def thaw(state: TrainState, progress: float) -> None:

@@ -1,10 +1,11 @@
 """Random streams that depend on the seed that they are given, and on nothing else."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 
 def derived_seed(*parts: int | str) -> int:
@@ -38,6 +39,18 @@ def reseed(*parts: int | str, device: str = "cpu") -> None:
     """Give torch's global random state, of the CPU and of device, the seed of these parts."""
     for generator in _global_generators(device):
         generator.manual_seed(derived_seed(*parts))
+
+
+def random_states(device: str) -> dict[str, Tensor]:
+    """torch's global random state, of the CPU and of device, by kind of device."""
+    return {each.device.type: each.get_state() for each in _global_generators(device)}
+
+
+def set_random_states(states: Mapping[str, Tensor], *, device: str) -> None:
+    """Of random_states(); a device of another kind than those keeps the state that it has."""
+    for generator in _global_generators(device):
+        if generator.device.type in states:
+            generator.set_state(states[generator.device.type])
 
 
 def _global_generators(device: str) -> list[torch.Generator]:

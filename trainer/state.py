@@ -1,7 +1,8 @@
 """TrainState: all of a training that changes, as bytes and back."""
 
 import io
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -14,11 +15,12 @@ from trainer.config import TrainConfig
 from trainer.data.dataset import ImageDataset
 from trainer.device import DevicePlan, prepare
 from trainer.optim import make_optimizer
+from trainer.underway import Underway
 
-FORMAT = 3
+FORMAT = 4
 STEPS_AN_EPOCH = 4
 _COMMON = {"config", "plan", "data_identity", "step", "images_seen", "seconds", "history"}
-_KEYS = _COMMON | {"model", "optimizer", "averages"}
+_KEYS = _COMMON | {"model", "optimizer", "averages", "underway"}
 FOLDS_KEYS = {"config", "folds", "history"}
 """Of several trainings that go on together (trainer.folds)."""
 MODULE_KEYS = _COMMON | {"lightning", "loops"}
@@ -31,10 +33,11 @@ class CheckpointError(ValueError):
 
 @dataclass(kw_only=True, eq=False)
 class TrainState:
-    """Model, optimizer and counters between two reports.
+    """Model, optimizer and counters between two optimizer steps.
 
-    There is no random state in it: each leg of a training has streams of its own, from the
-    config's seed and the leg's step (trainer.seeds).
+    Between two reports there is no random state in it: each leg of a training has streams of its
+    own, from the config's seed and the leg's step (trainer.seeds). Within a leg they are in
+    `underway`.
     """
 
     config: TrainConfig
@@ -49,6 +52,10 @@ class TrainState:
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
     """The reports so far, as plain values."""
+    underway: Underway | None = None
+    """How far the leg is that has begun; None between two legs."""
+    is_whole: bool = True
+    """Whether all of the above belongs together, so that it can be saved."""
 
     @classmethod
     def start(
@@ -85,11 +92,17 @@ class TrainState:
             averages=Averages(model, averages, steps_per_epoch=steps_per_epoch),
         )
         if saved is not None:
-            state._load(saved)
+            state._load(saved, steps_per_epoch)
         return state
 
     def to_bytes(self) -> bytes:
-        """Tensors and plain Python only: torch.load(weights_only=True) reads it."""
+        """Tensors and plain Python only: torch.load(weights_only=True) reads it.
+
+        To be called at a report or by `keep` (trainer.loop.train): elsewhere a step or an
+        evaluation is half done, and RuntimeError is raised.
+        """
+        if not self.is_whole:
+            raise RuntimeError("a training can be saved at a report and by keep, not in a step")
         file = io.BytesIO()
         content = {
             "format": FORMAT,
@@ -111,7 +124,21 @@ class TrainState:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "averages": self.averages.state_dict(),
+            "underway": None if self.underway is None else self.underway.to_dict(self.plan.device),
         }
+
+    @contextmanager
+    def between_steps(self, next_batch: int) -> Iterator[None]:
+        """Within a leg: in here it may be saved, and what that takes is no training."""
+        assert self.underway is not None
+        self.underway.next_batch = next_batch
+        self.underway.stop_clock()
+        self.is_whole = True
+        try:
+            yield
+        finally:
+            self.is_whole = False
+        self.underway.start_clock()
 
     @property
     def result(self) -> nn.Module:
@@ -125,14 +152,18 @@ class TrainState:
         """Whether the last report has been made."""
         return bool(self.history) and self.history[-1]["finished"] is True
 
-    def _load(self, saved: dict[str, Any]) -> None:
+    def _load(self, saved: dict[str, Any], steps_per_epoch: int) -> None:
         try:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.averages.load_state_dict(saved["averages"])
             self.step, self.images_seen = saved["step"], saved["images_seen"]
             self.seconds, self.history = saved["seconds"], saved["history"]
-        except (KeyError, RuntimeError, ValueError) as error:
+            if saved["underway"] is not None:
+                self.underway = Underway.from_dict(saved["underway"], device=self.plan.device)
+                if self.underway.next_batch not in range(steps_per_epoch):
+                    raise ValueError(f"an epoch has {steps_per_epoch} batches")
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint doesn't fit: {_one_line(error)}") from error
 
 

@@ -146,6 +146,73 @@ def test_folds_cut_anywhere_and_resumed_are_bit_for_bit_those_that_never_stopped
     assert_same(resumed, whole)
 
 
+def every_checkpoint(
+    settings: TrainConfig, folds: tuple[ImageDataset, ...], resume: bytes | None = None
+) -> tuple[FoldsReport, list[bytes]]:
+    """The last report, and what was saved before each batch."""
+    saved: list[bytes] = []
+    *_, last = train_folds(
+        settings,
+        folds,
+        CPU,
+        resume=resume,
+        keep=lambda state: saved.append(state.to_bytes()),
+        try_averages=("ema", "tail"),
+    )
+    return last, saved
+
+
+def test_folds_cut_before_any_batch_are_bit_for_bit_those_that_never_stopped(
+    folds: tuple[ImageDataset, ...],
+) -> None:
+    *_, whole = train_folds(CONFIG, folds, CPU, try_averages=("ema", "tail"))
+    last, saved = every_checkpoint(CONFIG, folds)
+    assert_same(last, whole)
+    num_batches = 3 * 2 * 10  # ten an epoch; the folds' legs take 3, 7 and 10, in turn
+    assert len(saved) == num_batches
+    for batch in (2, 4, 9, 22, 30, 59):
+        torch.rand(3)
+        *_, resumed = train_folds(
+            CONFIG, folds, CPU, resume=saved[batch], try_averages=("ema", "tail")
+        )
+        assert_same(resumed, whole)
+        steps = [past["step"] for past in read_history(saved[batch])]
+        assert steps == [1, 4][: (batch >= 9) + (batch >= 30)]
+    _, rest = every_checkpoint(CONFIG, folds, saved[4])
+    assert len(rest) == num_batches - 4
+    *_, cut_again = train_folds(CONFIG, folds, CPU, resume=rest[3], try_averages=("ema", "tail"))
+    assert_same(cut_again, whole)
+
+
+def test_folds_that_report_at_different_steps_go_on_from_any_batch(few: ImageDataset) -> None:
+    images = few.train.images[:31]
+    whole_split = Split(images, torch.arange(31) % 10)
+    odd = dataclasses.replace(
+        few, train=whole_split.take(range(28)), val=whole_split.take(range(28, 31))
+    )
+    cut = cut_folds(odd, 2, seed=0)
+    settings = config(batch_size=2)
+    for folds in (cut, cut[::-1]):
+        whole, saved = every_checkpoint(settings, folds)
+        assert len(saved) == 2 * (7 + 8)
+        for checkpoint in saved[::2]:
+            *_, resumed = train_folds(
+                settings, folds, CPU, resume=checkpoint, try_averages=("ema", "tail")
+            )
+            assert_same(resumed, whole)
+
+
+def test_folds_between_two_reports_are_tensors_and_plain_values(
+    folds: tuple[ImageDataset, ...],
+) -> None:
+    _, saved = every_checkpoint(CONFIG, folds)
+    content = torch.load(io.BytesIO(saved[4]), weights_only=True)
+    first, second, third = content["folds"]
+    assert [past["step"] for past in read_history(first.numpy().tobytes())] == [1]
+    assert read_history(second.numpy().tobytes()) == content["history"] == []
+    assert len(third) == 0  # not begun
+
+
 def test_a_checkpoint_is_read_without_running_code_and_holds_the_reports(
     folds: tuple[ImageDataset, ...],
 ) -> None:
