@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.config import TrainConfig
 from trainer.heads import head_name
@@ -37,7 +37,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
         ]
     if config.optimizer == "sgd":
         nesterov = config.momentum > 0
-        return _uncompiled(torch.optim.SGD)(
+        return _joining_sgd()(
             groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True
         )
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
@@ -54,6 +54,34 @@ def _uncompiled(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.
     names = ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad")
     inner = {name: getattr(kind, name).__wrapped__ for name in names}
     return type(kind.__name__, (kind,), {**inner, "step": torch.no_grad()(inner["step"])})
+
+
+@functools.cache
+def _joining_sgd() -> Callable[..., torch.optim.Optimizer]:
+    """SGD in which a parameter may have its first gradient later than others of its group.
+
+    A stage that is thawed does, and so does a layer that a network skips at times. torch's fused
+    kernel then fails, for it wants the momentum of all or of none; a momentum of zeros is the one
+    with which a parameter's first step is what it is without.
+    """
+
+    def init_group(
+        self: torch.optim.SGD,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        momenta: list[Tensor | None],
+    ) -> bool:
+        has_sparse: bool = torch.optim.SGD._init_group(self, group, params, grads, momenta)  # type: ignore[attr-defined]
+        if any(momentum is not None for momentum in momenta):
+            momenta[:] = [
+                torch.zeros_like(grad) if momentum is None else momentum
+                for grad, momentum in zip(grads, momenta, strict=True)
+            ]
+        return has_sparse
+
+    kind: Any = _uncompiled(torch.optim.SGD)
+    return type("SGD", (kind,), {"_init_group": init_group})
 
 
 def _groups(config: TrainConfig, params: list[nn.Parameter]) -> list[dict[str, Any]]:

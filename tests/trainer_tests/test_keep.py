@@ -32,6 +32,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"policy": "trivialaugment", "balance": "loss", "optimizer": "sgd"}, {"micro_batch": 3}),
     ({"dropout": 0.5, "balance": "sampling", "schedule": "step"}, {"channels_last": False}),
     ({"trainable": "gradual", "dropout": 0.5, "backbone_lr": 0.1}, {}),
+    ({"trainable": "gradual", "optimizer": "sgd", "average": "tail"}, {}),
     ({"trainable": "last1", "flip": True, "schedule": "cosine"}, {}),
     ({"trainable": "head", "dropout": 0.5, "head_hidden": 8}, {}),
     ({"trainable": "head", "dropout": 0.5, "balance": "smote"}, {}),

@@ -100,6 +100,30 @@ def test_steps_and_saved_states_are_those_of_torch_to_the_last_bit(name: str, pl
         assert all(tensor.equal(other_saved[index][key]) for key, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_parameters_whose_first_gradient_comes_later_step_as_in_the_plain_kernels(
+    name: str, momentum: float
+) -> None:
+    results = []
+    for fused in (True, False):
+        model = network()
+        optimizer = make_optimizer(config(optimizer=name, momentum=momentum, lr=0.01), model)
+        for group in optimizer.param_groups:
+            group["fused"], group["foreach"] = fused, False
+        images = torch.linspace(-1, 1, 512).view(8, 1, 8, 8)
+        for trained in ([], ["4.weight", "4.bias"], ["4.weight"], ["0.weight"], None, ["4.bias"]):
+            for parameter_name, parameter in model.named_parameters():
+                parameter.requires_grad_(trained is None or parameter_name in trained)
+            optimizer.zero_grad()
+            if trained != []:
+                loss = nn.functional.cross_entropy(model(images), torch.arange(8) % 3)
+                torch.autograd.backward(loss)
+            optimizer.step()
+        results.append(nn.utils.parameters_to_vector(model.parameters()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
 def test_a_training_starts_without_importing_the_compiler() -> None:
     program = """
 import sys
