@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -28,13 +29,15 @@ from trainer.config import Argument, ConfigError, TrainConfig, TrainingFailure
 from trainer.data.dataset import ImageDataset
 from trainer.device import DevicePlan, choose_plan
 from trainer.flops import training_flops
-from trainer.folds import FoldsReport, train_folds
+from trainer.folds import FoldsReport, FoldsState, train_folds
 from trainer.footprint import Footprint, measure_footprint
 from trainer.loop import train
 from trainer.reports import ProgressReport
-from trainer.state import CheckpointError, read_history
+from trainer.state import CheckpointError, TrainState, is_underway, read_history
 
 logger = logging.getLogger(__name__)
+CHECKPOINT_SECONDS = 15.0
+"""Of training, at most, that a killed worker loses; each report is saved as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +68,18 @@ class TrialRun:
         *,
         device: str,
         pulse: Callable[[], None],
+        is_leaving: Callable[[], bool] = lambda: False,
         spent: Spent | None = None,
     ) -> None:
-        """spent: where its seconds are counted."""
+        """pulse: is called before each batch, and what it raises ends the attempt. is_leaving:
+        whether it will raise, so that what has been trained is saved first. spent: where the
+        attempt's seconds are counted.
+        """
         self._spent = Spent(worker_id="") if spent is None else spent
         self._spent.begin()
         self._study, self._spec, self._lease, self._data = study, spec, lease, data
-        self._device, self._pulse = device, pulse
+        self._device, self._pulse, self._is_leaving = device, pulse, is_leaving
+        self._saved_at = time.monotonic()
         with self._spent.on("database"):
             self._trial_id = study.bind(lease)
             trial = study.trial(self._trial_id)
@@ -143,7 +151,8 @@ class TrialRun:
         history = read_history(resume) if resume else []
         for past in history:
             self._report(past)  # one of them may be missing: checkpoints are written first
-        outcome = self._outcome(history[-1]) if history else None
+        decided = resume is not None and is_underway(resume)  # it was told to go on
+        outcome = self._outcome(history[-1]) if history and not decided else None
         if outcome is None and not history:
             outcome = self._too_large(config)
         if outcome is not None:
@@ -153,7 +162,7 @@ class TrialRun:
         with contextlib.closing(self._reports(config, plan, resume)) as reports:
             for report in self._spent.reports(reports, history):
                 with self._spent.on("checkpoints"):
-                    self._save(report)
+                    self._save(report.step, report.state)
                 with self._spent.on("database"):
                     self._report(report.to_dict())
                     outcome = self._outcome(report.to_dict())
@@ -174,6 +183,7 @@ class TrialRun:
                 plan,
                 resume=resume,
                 pulse=self._pulse,
+                keep=self._keep,
                 try_averages=averages,
                 objective=objective,
             )
@@ -183,9 +193,21 @@ class TrialRun:
             plan,
             resume=resume,
             pulse=self._pulse,
+            keep=self._keep,
             try_averages=averages,
             objective=objective,
         )
+
+    def _keep(self, state: TrainState | FoldsState) -> None:
+        """Between two optimizer steps: save the training now and then, and before it is left."""
+        is_due = time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS
+        if self._checkpoints is None or not (is_due or self._is_leaving()):
+            return
+        step = int(state.history[-1]["step"]) if state.history else 0
+        with self._spent.on("checkpoints"):
+            self._save(step, state)
+        with self._spent.on("database"):
+            self._study.advance(self._lease, state.position)
 
     def _too_large(self, config: TrainConfig) -> Outcome | None:
         """The end of a trial whose model breaks a limit, before an epoch is spent on it."""
@@ -324,13 +346,15 @@ class TrialRun:
             self._do_without_checkpoints(error)
         return None
 
-    def _save(self, report: ProgressReport | FoldsReport) -> None:
+    def _save(self, step: int, state: TrainState | FoldsState) -> None:
+        """Under the step of its newest report: what was saved there is replaced in one step."""
         if self._checkpoints is None:
             return
         try:
-            self._checkpoints.save(report.step, report.state.to_bytes())
+            self._checkpoints.save(step, state.to_bytes())
         except OSError as error:
             self._do_without_checkpoints(error)
+        self._saved_at = time.monotonic()
 
     def _do_without_checkpoints(self, error: OSError) -> None:
         self._checkpoints = None

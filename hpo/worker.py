@@ -267,6 +267,7 @@ class Worker:
                 self._data,
                 device=self._device,
                 pulse=self._pulse.beat,
+                is_leaving=self._pulse.leaving.is_set,
                 spent=Spent(worker_id=self._worker_id, since=self._free_since),
             )
             logger.info("trial %d: attempt %d", trial.number, lease.attempts)

@@ -15,7 +15,7 @@ import optuna
 from optuna.trial import TrialState
 from sqlalchemy import Connection, text
 
-from storage import points, results
+from storage import leases, points, results
 from storage.checkpoints import Checkpoints, TrialCheckpoints, checkpoint_root, checkpoint_url
 from storage.database import Database, Result
 from storage.errors import LeaseLost, StorageError, StudyNotFound
@@ -200,6 +200,10 @@ class OpenStudy:
         results.report(
             self._database, lease, step=step, value=value, images_per_second=images_per_second
         )
+
+    def advance(self, lease: Lease, position: int) -> None:
+        """A checkpoint within an epoch is kept: the attempt has got to this position."""
+        leases.advance(self._database, lease, position)
 
     def standing(
         self,

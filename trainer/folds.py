@@ -27,6 +27,7 @@ from trainer.state import (
     TrainState,
     check_config,
     open_checkpoint,
+    position_of,
 )
 
 
@@ -42,6 +43,10 @@ class FoldsState:
     folds: Sequence[TrainState | bytes | None]
     """A fold that this process has not trained yet is the bytes that it goes on from, or None."""
     history: list[dict[str, Any]]
+    position: int = 0
+    """As TrainState.position, of all folds together."""
+    underway: bool = False
+    """Whether a fold has gone on from the newest report of all together."""
 
     @property
     def states(self) -> list[TrainState]:
@@ -60,6 +65,7 @@ class FoldsState:
             "config": self.config.to_dict(),
             "folds": folds,
             "history": self.history,
+            "underway": self.underway,
         }
         torch.save(content, file)
         return file.getvalue()
@@ -99,10 +105,14 @@ def train_folds(
     if history and history[-1]["finished"]:
         return
     now: list[TrainState | bytes | None] = list(checkpoints)
+    positions = [0 if checkpoint is None else position_of(checkpoint) for checkpoint in checkpoints]
 
     def keep_fold(index: int, state: TrainState) -> None:
-        now[index] = state
-        keep(FoldsState(config=config, folds=now, history=history))
+        now[index], positions[index] = state, state.position
+        position = sum(positions)
+        keep(
+            FoldsState(config=config, folds=now, history=history, position=position, underway=True)
+        )
 
     with contextlib.ExitStack() as stack:
         trainings = [

@@ -19,6 +19,8 @@ from trainer.underway import Underway
 
 FORMAT = 4
 STEPS_AN_EPOCH = 4
+_MOST_BATCHES = 1 << 32
+"""More than an epoch has."""
 _COMMON = {"config", "plan", "data_identity", "step", "images_seen", "seconds", "history"}
 _KEYS = _COMMON | {"model", "optimizer", "averages", "underway"}
 FOLDS_KEYS = {"config", "folds", "history"}
@@ -141,6 +143,11 @@ class TrainState:
         self.underway.start_clock()
 
     @property
+    def position(self) -> int:
+        """Grows with each batch of the training: two states are compared by it."""
+        return _position(self.step, None if self.underway is None else self.underway.next_batch)
+
+    @property
     def result(self) -> nn.Module:
         """The model as it stands: the average that config asks for, from the last step on."""
         if self.step < self.config.epochs * STEPS_AN_EPOCH:
@@ -173,6 +180,25 @@ def read_history(content: bytes) -> list[dict[str, Any]]:
         "history"
     ]
     return history
+
+
+def position_of(content: bytes) -> int:
+    """TrainState.position of a checkpoint of one training. Raises CheckpointError."""
+    saved = open_checkpoint(content, _KEYS, MODULE_KEYS)
+    underway = saved.get("underway")
+    return _position(saved["step"], None if underway is None else underway["next_batch"])
+
+
+def _position(step: int, next_batch: int | None) -> int:
+    return step * _MOST_BATCHES + (0 if next_batch is None else 1 + next_batch)
+
+
+def is_underway(content: bytes) -> bool:
+    """Whether the training was saved after it had gone on from its newest report.
+
+    Raises CheckpointError.
+    """
+    return bool(open_checkpoint(content, _KEYS, FOLDS_KEYS, MODULE_KEYS).get("underway"))
 
 
 def identity_of(data: ImageDataset) -> list[Any]:
