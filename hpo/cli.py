@@ -1,5 +1,10 @@
 """The command line: parse, call one function, print. Imports no torch."""
 
+if __name__ == "__main__":  # python -m hpo.cli: before anything is imported from where it stands
+    from hpo.__main__ import run as run_isolated
+
+    run_isolated()
+
 import atexit
 import contextlib
 import json
@@ -642,7 +647,3 @@ def run() -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
-
-
-if __name__ == "__main__":
-    run()

@@ -47,14 +47,15 @@ def prepare_study(
     check_checkpoint_place()
     name, data = _name_and_data(database, options)
     fields = options.given_fields()
-    check_backbones(fields)
     record = _found(database, name)
     if record is None:
+        check_backbones(fields)
         spec, _ = settle(data, fields, options, progress)
         for reason in (*spec.space.idle(), *unheard(spec.space)):
             logger.warning("%s: here it changes nothing", reason)
     else:
         spec = StudySpec.from_json(record.spec)
+        check_backbones(fields)  # the study knows where own ones lie
     budget = options.trials or (DEFAULT_BUDGET if record is None else record.budget)
     budget = within_grid(spec, budget)
     points = starting_points(database, name, spec, options.search)
@@ -156,7 +157,7 @@ def make_executor(
 def detach(record: StudyRecord, options: LaunchOptions, *, storage_url: str | None) -> Path:
     """Leave a launcher running in the background; returns its log file."""
     log = home() / "logs" / f"{record.checkpoint_key:d}" / "launch.log"
-    command = [sys.executable, "-P", "-m", "hpo.cli", "launch", "--study", record.name]
+    command = [sys.executable, "-P", "-m", "hpo", "launch", "--study", record.name]
     command += ["--workers", options.workers]
     if options.devices:
         command += ["--devices", options.devices]

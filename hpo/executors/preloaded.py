@@ -6,11 +6,12 @@ would look through it again and again, and copy the memory that they share by th
 
 import atexit
 import gc
+import sys
 
-from sqlalchemy.orm import configure_mappers
-
+from hpo.import_path import isolate
 from hpo.imports import import_all
 
+isolate()  # before anything else is imported, PYTHONPATH's folders being last
 import_all(
     [
         "hpo.worker",
@@ -23,9 +24,10 @@ import_all(
         "psycopg2.extras",
         "pydantic.type_adapter",  # typer, when it parses
         "sqlalchemy.dialects.postgresql.psycopg2",
+        "sqlalchemy.orm",
         "trainer.data.registry",
     ]
 )
-configure_mappers()
+sys.modules["sqlalchemy.orm"].configure_mappers()
 gc.freeze()
 atexit.register(gc.unfreeze)  # triton complains of what is left over
