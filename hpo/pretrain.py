@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import UsageError
+from hpo.own_modules import find_own_folders
 from storage.checkpoints import TrialCheckpoints, checkpoint_root, checkpoint_url
 from storage.errors import LeaseLost
 from storage.home import home
@@ -50,6 +51,7 @@ def pretrain_to_folder(options: PretrainOptions, say: Say, progress: Progress) -
     check_out(options.out)
     config = PretrainConfig(**options.fields)
     source = settled_source(options.data)
+    find_own_folders([source, config.backbone])
     data = load(source, seed=0, options=options.data_options, progress=progress)
     data = data.with_validation_in_training()
     plan = choose_plan(

@@ -12,11 +12,12 @@ from hpo.executors.local import num_cores
 from hpo.limits import Limits
 from hpo.module_space import check_modules, settled_for_modules
 from hpo.options import LaunchOptions
+from hpo.own_modules import find_own_folders, is_own
 from hpo.quantities import parse_duration
 from hpo.rungs import first_rung
 from hpo.space import SearchSpace, default_space
 from hpo.spec import StudySpec
-from trainer.config import TrainConfig, is_module
+from trainer.config import MODULE, TrainConfig, is_module
 from trainer.data.options import DataOptions, Progress
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ def check_backbones(fields: Mapping[str, Any]) -> None:
     """Raises ConfigError for a backbone that there is not."""
     from trainer.backbones import find_backbone
 
-    named = fields.get("backbone", ())
-    for name in named if isinstance(named, tuple) else (named,):
+    find_own_folders(_choices(fields, "backbone"))
+    for name in _choices(fields, "backbone"):
         find_backbone(name)
 
 
@@ -45,6 +46,7 @@ def settle(
     from trainer.device import available_devices
     from trainer.weights import digest
 
+    import_paths = find_own_folders([data, *_choices(fields, "backbone")])
     seed = options.seed or 0
     data_options = DataOptions(**options.given_data_options())
     dataset = load(data, seed=seed, options=data_options, progress=progress)
@@ -67,6 +69,7 @@ def settle(
     _check_limits(options.limits, space, dataset)
     spec = StudySpec(
         data=data,
+        import_paths=import_paths,
         data_options=data_options,
         fingerprint=dataset.fingerprint,
         space=space,
@@ -98,6 +101,13 @@ def _by_weights(weights: Mapping[str, str], fields: Mapping[str, Any]) -> dict[s
 
     chosen: dict[str, Any] = {}
     backbones = {backbone_of(Path(path)) for path in weights}
+    for name in filter(None, backbones):
+        if is_own(name) and "backbone" not in fields:  # a file doesn't decide what code runs
+            option = "--module" if is_module(name) else "--backbone"
+            raise UsageError(
+                f"the weights are of a network of somebody's own code: {option} "
+                f"{name.removeprefix(MODULE)[:80]!r}, if it is yours, has it run"
+            )
     if len(backbones) == 1 and None not in backbones:
         chosen["backbone"] = tuple(backbones)
     if fields.get("trainable") == "head":  # the same pictures each epoch: features are kept

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import UsageError
+from hpo.import_path import append_folders
 from hpo.limits import Limits
 from hpo.space import SearchSpace
 from trainer.config import ConfigError, Objective, TrainConfig
@@ -46,6 +47,8 @@ class StudySpec:
     limits: Limits = field(default_factory=Limits)
     data_options: DataOptions = DEFAULT_OPTIONS
     """How pictures are read: workers read them as the launcher did."""
+    import_paths: tuple[str, ...] = ()
+    """Folders of the user's own networks and DataModules, in which workers look for them."""
     weights: Mapping[str, str] = field(default_factory=dict)
     """sha256 of each file or export that trials start from, by its path."""
     folds: int | None = None
@@ -122,7 +125,10 @@ class StudySpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "StudySpec":
-        """Raises UsageError if the study was made by another version of this program."""
+        """Raises UsageError if the study was made by another version of this program.
+
+        Python looks for modules in the study's import_paths from then on.
+        """
         found = {"spec": values.get("version"), **values.get("versions", {})}
         wanted = {"spec": VERSION, **program_versions()}
         for name, version in wanted.items():
@@ -131,7 +137,10 @@ class StudySpec:
                     f"the study was made with {name} {found.get(name)}, here is {version}: "
                     "use the same version, or another study"
                 )
+        import_paths = tuple(values.get("import_paths", ()))
+        append_folders(import_paths)  # the space's own networks are looked at while it is read
         parsed = {
+            "import_paths": import_paths,
             "space": SearchSpace.from_json(values["space"]),
             "limits": Limits(**values["limits"]),
             "data_options": DataOptions.from_dict(values.get("data_options", {})),

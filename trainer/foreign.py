@@ -141,7 +141,7 @@ def imported(what: str, name: str, place: str) -> Any:
         return getattr(importlib.import_module(module_name), own_name)
     except Exception as error:  # whatever the user's module leads to
         raise ConfigError(
-            f"{what} {name}: {one_line(error)}; is its folder in PYTHONPATH, for workers too?"
+            f"{what} {name}: {one_line(error)}; launch in its folder, or put that into PYTHONPATH"
         ) from error
 
 

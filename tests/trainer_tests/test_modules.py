@@ -136,7 +136,11 @@ def test_size_and_operations_are_those_of_its_arguments() -> None:
 @pytest.mark.parametrize(
     ("name", "fields", "said"),
     [
-        ("my_nowhere:Net", {}, "ModuleNotFoundError: No module named 'my_nowhere'; is its folder"),
+        (
+            "my_nowhere:Net",
+            {},
+            "ModuleNotFoundError: No module named 'my_nowhere'; launch in its folder",
+        ),
         ("my_broken:Net", {}, "No module named 'no_such_package'"),
         ("my_package:None", {}, "AttributeError"),
         ("my_package", {}, "AttributeError"),
