@@ -155,7 +155,7 @@ def _train(
     )
     stopped_early = trial.state == "COMPLETE" and trial.steps[-1] < config.epochs * STEPS_PER_EPOCH
     end_step = trial.steps[-1] if stopped_early else config.epochs * STEPS_PER_EPOCH
-    with contextlib.closing(train(config, data, plan)) as reports:
+    with contextlib.closing(train(config, data, plan, end_step=end_step)) as reports:
         try:
             for report in reports:
                 say(
@@ -163,8 +163,6 @@ def _train(
                     f"{end_step / STEPS_PER_EPOCH:g}, loss {report.train_loss:.4f}, "
                     f"{report.images_per_second:,.0f} images/s"
                 )
-                if report.step >= end_step:
-                    break
         except TrainingFailure as failure:
             raise NoTrialError(
                 f"trial {trial.number} can't be trained again with another seed: {failure}"

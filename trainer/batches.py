@@ -25,8 +25,13 @@ class Leg:
     step: int
 
 
-def legs(num_epochs: int, num_batches: int, steps_done: int) -> list[Leg]:
-    """The legs still to go, in order. num_batches: of an epoch."""
+def legs(
+    num_epochs: int, num_batches: int, steps_done: int, end_step: int | None = None
+) -> list[Leg]:
+    """The legs still to go, in order. num_batches: of an epoch.
+
+    end_step: the last one is the first that reaches it (None: that of the last epoch).
+    """
     whole = [
         Leg(
             epoch=epoch,
@@ -40,7 +45,8 @@ def legs(num_epochs: int, num_batches: int, steps_done: int) -> list[Leg]:
         quarter = math.ceil(num_batches / STEPS_AN_EPOCH)
         first = Leg(epoch=0, first_batch=0, end_batch=quarter, step=1)
         whole[:1] = [first, dataclasses.replace(whole[0], first_batch=quarter)]
-    return [leg for leg in whole if leg.step > steps_done]
+    last = next((leg.step for leg in whole if leg.step >= (end_step or math.inf)), math.inf)
+    return [leg for leg in whole if steps_done < leg.step <= last]
 
 
 def batch_bounds(num_images: int, batch_size: int) -> list[tuple[int, int]]:

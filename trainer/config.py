@@ -98,7 +98,8 @@ class TrainConfig:
     patience: int = 0
     """Epochs without a better validation accuracy before training ends; 0 is off."""
     average: Average = "none"
-    """Weights that the finished model has: its last ones, or an average (trainer.averaging)."""
+    """Weights that the finished model has: its last ones, or an average over the last quarter of
+    the training (trainer.averaging). Where patience ends a training they are its last ones."""
     flip: bool = False
     """Mirror half of the images left to right."""
     translate: int = 0

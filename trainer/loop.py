@@ -48,6 +48,7 @@ def train(
     pulse: Callable[[], None] = no_pulse,
     keep: Callable[[TrainState], None] = no_keep,
     reported: int | None = None,
+    end_step: int | None = None,
     try_averages: Collection[str] = (),
     objective: Objective = "accuracy",
 ) -> Generator[ProgressReport, None, None]:
@@ -61,18 +62,24 @@ def train(
     its to_bytes() may be called. The time that keep takes counts in no report. A LightningModule's
     training goes on from whole epochs and never calls keep. reported: the step of the newest report
     that the caller has; later ones that `resume` holds are yielded again first, as they were (None:
-    none of them is). try_averages: names of averages whose value the last report is to say.
-    objective: which validation value that is, and patience looks at. torch's own random state is
-    the caller's between reports. Raises TrainingDiverged, OutOfMemory, CheckpointError,
-    ConfigError.
+    none of them is). end_step: the training ends with the first report at or after this step (None:
+    that of the last epoch); the learning rate's schedule remains that of all epochs, and averages
+    are taken over the last quarter of what is trained. try_averages: names of averages whose value
+    the last report is to say. objective: which validation value that is, and patience looks at.
+    torch's own random state is the caller's between reports. Raises TrainingDiverged, OutOfMemory,
+    CheckpointError, ConfigError.
     """
     if is_module(config.backbone):
-        yield from train_module(config, data, plan, resume=resume, pulse=pulse, objective=objective)
+        yield from train_module(
+            config, data, plan, resume=resume, pulse=pulse, objective=objective, end_step=end_step
+        )
         return
     check_balance(config)
     data = as_fed(config, data)
     batches = batch_bounds(len(data.train), config.batch_size)
-    num_steps, last_step = config.epochs * len(batches), config.epochs * STEPS_AN_EPOCH
+    num_steps = config.epochs * len(batches)
+    *_, last = legs(config.epochs, len(batches), 0, end_step)
+    num_trained = last.epoch * len(batches) + last.end_batch
     with memory_errors(config, plan.device):
         state = TrainState.start(
             config,
@@ -81,6 +88,7 @@ def train(
             steps_per_epoch=len(batches),
             resume=resume,
             try_averages=try_averages,
+            end_step=end_step,
         )
         plan, optimizer = state.plan, state.optimizer
         view = _whole
@@ -98,7 +106,7 @@ def train(
     for past in [] if reported is None else list(state.history):
         if past["step"] > reported:
             yield ProgressReport(**past, state=state)
-    for leg in [] if state.finished else legs(config.epochs, len(batches), state.step):
+    for leg in [] if state.finished else legs(config.epochs, len(batches), state.step, end_step):
         state.is_whole = False
         randomness = own_randomness("leg", config.seed, leg.step, device=plan.device)
         with memory_errors(config, plan.device), randomness:
@@ -119,14 +127,15 @@ def train(
                 labels = train_split.labels.index_select(0, chosen)
                 images, partners = mix(normalise(images), labels, config, underway.generator)
                 underway.total_loss += step(images, labels, partners)
-                state.averages.after_step(state.model, steps_done / num_steps)
-            state.averages.after_epoch(state.model, leg.step / last_step)
+                ends = steps_done + 1 == num_trained
+                state.averages.after_step(state.model, 1.0 if ends else steps_done / num_trained)
+            state.averages.after_epoch(state.model, leg.step / last.step)
             num_images = batches[leg.end_batch - 1][1] - batches[leg.first_batch][0]
             train_loss = float(underway.total_loss) / num_images  # waits for the device
             speed = num_images / underway.stop_clock()
             state.underway = None
             state.step, state.images_seen = leg.step, state.images_seen + num_images
-            judged = state.averages.models() if leg.step == last_step else {}
+            judged = state.averages.models() if leg.step == last.step else {}
             shown = early_part(val_split) if leg.step < STEPS_AN_EPOCH else val_split
             val, *others = [
                 evaluate(view(judge), shown, plan, mean=data.mean, std=data.std, pulse=pulse)

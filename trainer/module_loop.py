@@ -31,6 +31,7 @@ def train_module(
     resume: bytes | None,
     pulse: Callable[[], None],
     objective: Objective,
+    end_step: int | None = None,
 ) -> Generator[ProgressReport, None, None]:
     """As trainer.loop.train, with the module's own training_step, optimizers and schedules.
 
@@ -41,7 +42,7 @@ def train_module(
     epoch it begins anew. Raises ConfigError for what its own code raises.
     """
     check_module_fields(config)
-    saved = None if resume is None else read_checkpoint(resume, config, data, MODULE_KEYS)
+    saved = None if resume is None else read_checkpoint(resume, config, data, MODULE_KEYS, end_step)
     if saved is not None:
         plan = DevicePlan.from_dict(saved["plan"]).on(plan.device)
     if plan.micro_batch is not None:
@@ -57,7 +58,7 @@ def train_module(
         tempfile.TemporaryDirectory(prefix="hpo-lightning-") as folder,
         contextlib.closing(Fitting(task, folder)) as fitting,
     ):
-        yield from _reports(task, fitting, saved or {}, objective)
+        yield from _reports(task, fitting, saved or {}, objective, end_step)
 
 
 def _task(
@@ -92,7 +93,7 @@ def _task(
 
 
 def _reports(
-    task: Task, fitting: Fitting, saved: dict[str, Any], objective: Objective
+    task: Task, fitting: Fitting, saved: dict[str, Any], objective: Objective, end_step: int | None
 ) -> Generator[ProgressReport, None, None]:
     config, plan, batches = task.config, task.plan, task.batches
     last_step, reported = config.epochs * STEPS_AN_EPOCH, saved.get("step", 0)
@@ -109,7 +110,7 @@ def _reports(
                 continue
             val = _judged(task, leg)
         check_finite(train_loss, val, leg, config)
-        state = _state(task, fitting, saved) if state is None else state
+        state = _state(task, fitting, saved, end_step) if state is None else state
         state.step = leg.step
         state.images_seen = leg.epoch * batches[-1][1] + batches[leg.end_batch - 1][1]
         state.seconds += time.perf_counter() - started
@@ -131,7 +132,9 @@ def _judged(task: Task, leg: Leg) -> Evaluation:
         return evaluate(model, shown, task.plan, mean=data.mean, std=data.std, pulse=task.pulse)
 
 
-def _state(task: Task, fitting: Fitting, saved: dict[str, Any]) -> ModuleState:
+def _state(
+    task: Task, fitting: Fitting, saved: dict[str, Any], end_step: int | None
+) -> ModuleState:
     """Of a training that has begun: its optimizers are there."""
     return ModuleState(
         config=task.config,
@@ -142,6 +145,7 @@ def _state(task: Task, fitting: Fitting, saved: dict[str, Any]) -> ModuleState:
         averages=Averages(task.model, (), steps_per_epoch=len(task.batches)),
         seconds=saved.get("seconds", 0.0),
         history=saved.get("history", []),
+        end_step=end_step,
         trainer=fitting.trainer,
         loops=fitting.loops,
     )

@@ -72,8 +72,8 @@ def _joining_sgd() -> Callable[..., torch.optim.Optimizer]:
         grads: list[Tensor],
         momenta: list[Tensor | None],
     ) -> bool:
-        as_it_is: Any = torch.optim.SGD._init_group
-        has_sparse: bool = as_it_is(self, group, params, grads, momenta)
+        inner: Any = torch.optim.SGD._init_group
+        has_sparse: bool = inner(self, group, params, grads, momenta)
         if any(momentum is not None for momentum in momenta):
             momenta[:] = [
                 torch.zeros_like(grad) if momentum is None else momentum

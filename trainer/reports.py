@@ -75,7 +75,7 @@ def make_report(
 
     ended: why there will be no other one, if that is known.
     """
-    last = state.step == state.config.epochs * STEPS_AN_EPOCH
+    last = state.step >= state.last_step
     history, value = state.history, val.value(objective)
     if ended is None and not last:
         ended = stop_reason(state.config, history, state.step, value, objective)

@@ -21,7 +21,16 @@ FORMAT = 4
 STEPS_AN_EPOCH = 4
 _MOST_BATCHES = 1 << 32
 """More than an epoch has."""
-_COMMON = {"config", "plan", "data_identity", "step", "images_seen", "seconds", "history"}
+_COMMON = {
+    "config",
+    "plan",
+    "data_identity",
+    "step",
+    "images_seen",
+    "seconds",
+    "history",
+    "end_step",
+}
 _KEYS = _COMMON | {"model", "optimizer", "averages", "underway"}
 FOLDS_KEYS = {"config", "folds", "history"}
 """Of several trainings that go on together (trainer.folds)."""
@@ -54,6 +63,8 @@ class TrainState:
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
     """The reports so far, as plain values."""
+    end_step: int | None = None
+    """Where the training ends, if that isn't after the last of the config's epochs."""
     underway: Underway | None = None
     """How far the leg is that has begun; None between two legs."""
     is_whole: bool = True
@@ -69,6 +80,7 @@ class TrainState:
         steps_per_epoch: int,
         resume: bytes | None = None,
         try_averages: Collection[str] = (),
+        end_step: int | None = None,
     ) -> Self:
         """A new training, or the one whose to_bytes() `resume` is.
 
@@ -77,7 +89,7 @@ class TrainState:
         device is the given plan's. Raises CheckpointError if the bytes are no checkpoint, or one
         of another config or data; ConfigError if the device isn't there.
         """
-        saved = None if resume is None else read_checkpoint(resume, config, data, _KEYS)
+        saved = None if resume is None else read_checkpoint(resume, config, data, _KEYS, end_step)
         if saved is not None:
             plan = DevicePlan.from_dict(saved["plan"]).on(plan.device)
         prepare(plan.device, plan.num_threads)
@@ -92,6 +104,7 @@ class TrainState:
             model=model,
             optimizer=make_optimizer(config, model),
             averages=Averages(model, averages, steps_per_epoch=steps_per_epoch),
+            end_step=end_step,
         )
         if saved is not None:
             state._load(saved, steps_per_epoch)
@@ -111,6 +124,7 @@ class TrainState:
             "config": self.config.to_dict(),
             "plan": self.plan.to_dict(),
             "data_identity": self.data_identity,
+            "end_step": self.end_step,
             "step": self.step,
             "images_seen": self.images_seen,
             "seconds": self.seconds,
@@ -148,11 +162,27 @@ class TrainState:
         return _position(self.step, None if self.underway is None else self.underway.next_batch)
 
     @property
+    def last_step(self) -> int:
+        """The step of the last report, unless patience ends the training before."""
+        whole = self.config.epochs * STEPS_AN_EPOCH
+        return whole if self.end_step is None else min(whole, self.end_step)
+
+    @property
+    def averaging(self) -> str:
+        """Which average of weights `result` is; "none" where it is the last weights.
+
+        From the last step on it is the one that config asks for. A training that its patience ends
+        has been judged by its last weights, and hands over those.
+        """
+        if self.step < self.last_step or self.config.average not in self.averages.models():
+            return "none"
+        return self.config.average
+
+    @property
     def result(self) -> nn.Module:
-        """The model as it stands: the average that config asks for, from the last step on."""
-        if self.step < self.config.epochs * STEPS_AN_EPOCH:
-            return self.model
-        return self.averages.models().get(self.config.average, self.model)
+        """The model as it stands, by which reports judge: its last weights or their average."""
+        name = self.averaging
+        return self.model if name == "none" else self.averages.models()[name]
 
     @property
     def finished(self) -> bool:
@@ -228,13 +258,21 @@ def check_config(saved: Mapping[str, Any], config: TrainConfig) -> None:
 
 
 def read_checkpoint(
-    content: bytes, config: TrainConfig, data: ImageDataset, keys: Set[str]
+    content: bytes,
+    config: TrainConfig,
+    data: ImageDataset,
+    keys: Set[str],
+    end_step: int | None = None,
 ) -> dict[str, Any]:
-    """One with these keys. Raises CheckpointError if it is of another config or data."""
+    """One with these keys. Raises CheckpointError if it is of another config, data or end."""
     saved = open_checkpoint(content, keys)
     check_config(saved["config"], config)
     if saved["data_identity"] != identity_of(data):
         raise CheckpointError(f"the checkpoint is of other data than {data.name}")
+    if saved["end_step"] != end_step:
+        raise CheckpointError(
+            f"the checkpoint is of a training until step {saved['end_step']}, not {end_step}"
+        )
     return saved
 
 

@@ -129,3 +129,18 @@ def test_a_soup_counts_in_the_half_of_the_search_that_a_re_check_may_cost(
     # six re-checks and three models, of two epochs each, against half of the epochs searched
     plan = RecheckPlan(trials=(winner.trial,) * 2, num_seeds=3, note=None)
     assert pays_for_soup(study, plan, winner, epochs=2) is pays
+
+
+@pytest.mark.parametrize("average", ["ema", "tail"])
+def test_a_retraining_as_short_as_the_trial_hands_over_the_average_that_was_chosen(
+    digits: ImageDataset, average: str
+) -> None:
+    stopped = candidate(2, epochs=8, patience=1)  # the trial's last report is at step 8 of 32
+    winner = Candidate(trial=stopped.trial, values=(0.9, 0.8), averages={average: (0.95, 0.9)})
+    result = retrain(winner, digits, spec(digits), tries_soup=False, say=lambda _: None)
+    (last,) = result.reports
+    assert result.averaging["chosen"] == average
+    assert last.step == 8
+    assert last.finished
+    assert last.state.averaging == average
+    assert result.model is last.state.averages.models()[average]

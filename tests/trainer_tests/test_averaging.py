@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import pytest
@@ -5,11 +6,12 @@ import torch
 from torch import nn
 
 from trainer.averaging import Averages
-from trainer.config import ConfigError, TrainConfig
+from trainer.config import Average, ConfigError, TrainConfig
 from trainer.data.dataset import ImageDataset
 from trainer.data.registry import load
 from trainer.device import DevicePlan
 from trainer.loop import train
+from trainer.state import CheckpointError
 
 CPU = DevicePlan(device="cpu")
 CONFIG = TrainConfig(backbone="smallcnn", epochs=4, batch_size=64, lr=3e-3)
@@ -94,3 +96,89 @@ def test_averages_survive_a_resume_bit_for_bit(digits: ImageDataset) -> None:
     assert dict(last.averages) == dict(whole[-1].averages)
     pairs = zip(last.state.result.parameters(), whole[-1].state.result.parameters(), strict=True)
     assert all(torch.equal(again, before) for again, before in pairs)
+
+
+def test_a_training_that_is_ended_before_its_schedule_averages_its_own_last_quarter(
+    digits: ImageDataset,
+) -> None:
+    long = TrainConfig.from_dict({**CONFIG.to_dict(), "epochs": 8, "average": "tail"})
+    seen = {}
+    for report in train(long, digits, CPU):
+        if report.step <= 16:
+            seen[report.step] = report.to_dict() | {
+                "weights": [p.detach().double().clone() for p in report.state.model.parameters()]
+            }
+    reports = list(train(long, digits, CPU, end_step=16, try_averages=("ema",)))
+    last = reports[-1]
+    assert [report.step for report in reports] == [1, 4, 8, 12, 16]
+    assert [report.finished for report in reports] == [False] * 4 + [True]
+    assert last.reason is None
+    # the training is the longer one's, its schedule included
+    assert [r.train_loss for r in reports] == [seen[r.step]["train_loss"] for r in reports]
+    assert last.state.averaging == "tail"
+    for mean, one, other in zip(
+        last.state.result.parameters(), seen[12]["weights"], seen[16]["weights"], strict=True
+    ):
+        torch.testing.assert_close(mean.double(), (one + other) / 2, rtol=1e-5, atol=1e-6)
+    assert last.val_loss != seen[16]["val_loss"]
+    assert set(last.averages) == {"ema", "tail"}
+    assert last.averages["tail"] == last.val_accuracy
+
+
+def test_a_training_that_is_ended_goes_on_from_its_checkpoints_and_to_its_own_end_only(
+    digits: ImageDataset,
+) -> None:
+    config = TrainConfig.from_dict({**CONFIG.to_dict(), "average": "ema"})
+    saved: list[bytes] = []
+    *_, last = train(
+        config, digits, CPU, end_step=8, keep=lambda state: saved.append(state.to_bytes())
+    )
+    (resumed,) = train(config, digits, CPU, end_step=8, resume=saved[-3])
+    pairs = zip(resumed.state.result.parameters(), last.state.result.parameters(), strict=True)
+    assert all(torch.equal(again, before) for again, before in pairs)
+    assert list(train(config, digits, CPU, end_step=8, resume=last.state.to_bytes())) == []
+    with pytest.raises(CheckpointError, match="of a training until step 8, not None"):
+        next(train(config, digits, CPU, resume=saved[-3]))
+
+
+@pytest.mark.parametrize(("end_step", "steps"), [(1, [1]), (2, [1, 4]), (99, [1, 4, 8, 12, 16])])
+def test_an_end_lies_at_the_first_report_that_reaches_it(
+    digits: ImageDataset, end_step: int, steps: list[int]
+) -> None:
+    reports = list(train(CONFIG, digits, CPU, end_step=end_step))
+    assert [report.step for report in reports] == steps
+    assert reports[-1].finished
+    assert reports[-1].state.finished
+
+
+@pytest.mark.parametrize("average", ["ema", "tail"])
+def test_where_patience_ends_a_training_its_result_is_what_was_judged(
+    digits: ImageDataset, average: Average
+) -> None:
+    still = TrainConfig.from_dict(
+        {**CONFIG.to_dict(), "lr": 1e-9, "optimizer": "sgd", "epochs": 5, "patience": 3}
+    )
+    *_, plain = train(still, digits, CPU)
+    assert plain.step == 16  # beyond three quarters of twenty: there is something averaged
+    config = dataclasses.replace(still, average=average)
+    *_, last = train(config, digits, CPU)
+    assert last.step == 16
+    assert last.reason is not None
+    assert last.state.averages.models().keys() == {average}
+    assert last.state.averaging == "none"
+    assert last.state.result is last.state.model
+    assert last.val_loss == plain.val_loss
+    assert dict(last.averages) == {}
+
+
+@pytest.mark.parametrize("num_batches", [1, 2, 3, 4])
+def test_the_shortest_training_has_the_average_that_it_is_asked_for(
+    digits: ImageDataset, num_batches: int
+) -> None:
+    few = dataclasses.replace(digits, train=digits.train.take(range(8 * num_batches)))
+    averages: tuple[Average, ...] = ("ema", "tail")
+    for average in averages:
+        config = TrainConfig(backbone="smallcnn", epochs=1, batch_size=8, average=average)
+        (last,) = train(config, few, CPU)
+        assert last.state.averaging == average
+        assert set(last.averages) == {average}
