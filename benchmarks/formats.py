@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from benchmarks.train import Task
 from hpo.measured import machine
-from trainer.config import TrainConfig
-from trainer.device import DevicePlan, Precision, has_fast_bf16, prepare
+from trainer.config import Precision, TrainConfig
+from trainer.device import DevicePlan, has_fast_bf16, prepare
 from trainer.loop import optimizer_step
 from trainer.state import TrainState
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from hpo.errors import UsageError
 from hpo.executors.local import LocalExecutor, num_cores, worker_devices
-from hpo.logs import open_log
+from hpo.logs import check_log_folder, open_log
 from hpo.module_space import unheard
 from hpo.options import LaunchOptions
-from hpo.points import add_points
+from hpo.own_modules import is_own
+from hpo.points import add_points, check_room
 from hpo.samplers import grid_size
 from hpo.settle import check_backbones, settle
 from hpo.sharing import Say, shared
@@ -36,15 +37,35 @@ logger = logging.getLogger(__name__)
 DEFAULT_BUDGET = 50
 
 
+def check_options(options: LaunchOptions) -> None:
+    """All that can be checked without the database, so that a refusal leaves no trace in it.
+
+    Raises UsageError, ConfigError or StorageError. Imports torch.
+    """
+    from trainer.device import available_devices
+
+    check_checkpoint_place()
+    worker_devices(available_devices(), options.devices, options.workers)
+    # where a study's own networks lie stands with the study
+    named = options.given_fields().get("backbone", ())
+    names = named if isinstance(named, tuple) else (named,)
+    check_backbones({"backbone": tuple(name for name in names if not is_own(name))})
+    if options.data is not None:
+        settled_source(options.data)
+    if options.study is None:
+        check_study_name(source_name(settled_source(options.data or "digits")))
+    check_log_folder()
+
+
 def prepare_study(
     database: Database, options: LaunchOptions, progress: Progress = no_progress
 ) -> StudyRecord:
-    """The study of these options, made if there is none. Raises UsageError if it differs.
+    """The study of these options, made if there is none; nothing is written before all is checked.
 
-    progress: is told how far the reading of pictures is. Imports torch: the data is looked at
-    before a study is made of it.
+    progress: is told how far the reading of pictures is. Raises UsageError if the study is there
+    and differs from the options. Imports torch: the data is looked at before a study is made of it.
     """
-    check_checkpoint_place()
+    check_options(options)
     name, data = _name_and_data(database, options)
     fields = options.given_fields()
     record = _found(database, name)
@@ -56,11 +77,6 @@ def prepare_study(
     else:
         spec = StudySpec.from_json(record.spec)
         check_backbones(fields)  # the study knows where own ones lie
-    budget = options.trials or (DEFAULT_BUDGET if record is None else record.budget)
-    budget = within_grid(spec, budget)
-    points = starting_points(database, name, spec, options.search)
-    if record is None:
-        record = create_study(database, name, spec=spec.to_json(), budget=budget)
     given = {
         **fields,
         **options.limits.given(),
@@ -70,8 +86,23 @@ def prepare_study(
         "seed": options.seed,
         "folds": options.folds,
         "objective": options.objective,
+        "precision": options.precision,
     }
-    _check_same(record, {key: value for key, value in given.items() if value is not None})
+    given = {key: value for key, value in given.items() if value is not None}
+    if record is not None:
+        _check_same(record, given)
+    budget = options.trials or (DEFAULT_BUDGET if record is None else record.budget)
+    budget = within_grid(spec, budget)
+    if record is not None and budget < record.budget:
+        raise UsageError(
+            f"study {name!r} has a budget of {record.budget} trials, which can grow but not shrink "
+            f"to {budget}: leave --trials out to go on, or end the study with hpo stop"
+        )
+    points = starting_points(database, name, spec, options.search)
+    if record is None:
+        check_room(points, num_there=0, budget=budget)
+        record = create_study(database, name, spec=spec.to_json(), budget=budget)
+        _check_same(record, given)  # another launch may have made it meanwhile
     add_points(database, record, points, budget=budget)
     relaunch(
         database,

@@ -4,9 +4,19 @@ import os
 from pathlib import Path
 
 from hpo.errors import UsageError
+from storage.home import home
 
 LARGEST_BYTES = 16 * 2**20
 """A log that has grown beyond this is put aside, in place of the one put aside before it."""
+
+
+def check_log_folder() -> None:
+    """Raises UsageError if no log can be written below HPO_HOME; makes nothing."""
+    folder = home() / "logs"
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"can't write logs below {folder}: set HPO_HOME to a folder of yours")
 
 
 def open_log(path: Path) -> int:

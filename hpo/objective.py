@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import socket
@@ -15,7 +16,7 @@ from optuna.trial import TrialState
 
 from hpo.errors import one_line
 from hpo.folding import bytes_beside_a_model, folds_of, work_of_an_epoch
-from hpo.measured import measured_once
+from hpo.measured import machine, measured_once
 from hpo.points import RECIPE, suggest_config
 from hpo.pruners import PRUNERS, Moment
 from hpo.samplers import SAMPLERS, Draw
@@ -243,7 +244,8 @@ class TrialRun:
             device=self._device,
             data_bytes=bytes_beside_a_model(self._spec, config, self._data, self._device),
             graphs=os.environ.get("HPO_CUDA_GRAPHS") == "1",
-            remember=measured_once,
+            precision=self._spec.given_precision,
+            remember=self._remember,
         )
         work = asdict(self._work(config))
 
@@ -255,6 +257,15 @@ class TrialRun:
 
         self._study.write(self._lease, note)
         return plan
+
+    def _remember(self, what: str, measure: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """What was measured for this study on such a machine, else of this machine at all.
+
+        A study's trials are comparable, and repeatable, only where all of them are computed alike.
+        """
+        key = json.dumps({"what": what, **machine()}, sort_keys=True)
+        found: Mapping[str, Any] = self._study.remembered(key, measured_once(what, measure))
+        return found
 
     def _work(self, config: TrainConfig) -> Work:
         """What an epoch of this trial is to its device."""

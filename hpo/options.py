@@ -9,7 +9,7 @@ from hpo.errors import UsageError
 from hpo.limits import Limits
 from hpo.search import SearchOptions
 from hpo.space import SearchSpace, read_space
-from hpo.spec import check_folds, check_study_name
+from hpo.spec import check_folds, check_precision, check_study_name
 from trainer.config import MODULE, Objective, unknown_name
 from trainer.data.options import DataOptions
 
@@ -33,6 +33,7 @@ class LaunchOptions:
     seed: int | None = None
     folds: int | None = None
     objective: Objective | None = None
+    precision: str | None = None
     workers: str = "auto"
     devices: str | None = None
     timeout_seconds: float | None = None
@@ -49,6 +50,8 @@ class LaunchOptions:
         check_folds(self.folds)
         if self.objective is not None and self.objective not in get_args(Objective):
             raise UsageError(unknown_name("objective", self.objective, get_args(Objective)))
+        if self.precision is not None:
+            check_precision(self.precision)
         if self.study is not None:
             check_study_name(self.study)
         DataOptions(**self.given_data_options())

@@ -123,6 +123,15 @@ def suggest_config(
     return TrainConfig.from_dict({**recipe, "epochs": space.fields["epochs"], "seed": seed})
 
 
+def check_room(points: Sequence[StartingPoint], *, num_there: int, budget: int) -> None:
+    """Raises UsageError if so many points don't fit the budget of trials beside those there are."""
+    if num_there + len(points) > budget:
+        raise UsageError(
+            f"{len(points)} starting points don't fit a budget of {budget} trials, of which "
+            f"{num_there} are there: give --trials {num_there + len(points)} or more"
+        )
+
+
 def add_points(
     database: Database, record: StudyRecord, points: Sequence[StartingPoint], *, budget: int
 ) -> None:
@@ -136,11 +145,7 @@ def add_points(
     new = {point.key: point for point in points if point.key not in known}
     if not new:
         return
-    if len(there) + len(new) > budget:
-        raise UsageError(
-            f"{len(new)} starting points don't fit a budget of {budget} trials, of which "
-            f"{len(there)} are there: give --trials {len(there) + len(new)} or more"
-        )
+    check_room(list(new.values()), num_there=len(there), budget=budget)
     add_starting_points(
         database,
         record,

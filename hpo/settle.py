@@ -76,6 +76,7 @@ def settle(
         seed=seed,
         folds=options.folds,
         objective=options.objective or "accuracy",
+        precision=options.precision or StudySpec.precision,
         limits=options.limits,
         weights=weights,
         sampler=options.search.sampler or StudySpec.sampler,

@@ -6,13 +6,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hpo.errors import UsageError
 from hpo.import_path import append_folders
 from hpo.limits import Limits
 from hpo.space import SearchSpace
-from trainer.config import ConfigError, Objective, TrainConfig
+from trainer.config import ConfigError, Objective, Precision, TrainConfig, unknown_name
 from trainer.data.options import DEFAULT_OPTIONS, DataOptions
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 VERSION = 3
 MOST_FOLDS = 20
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def program_versions() -> dict[str, str]:
@@ -28,6 +29,21 @@ def program_versions() -> dict[str, str]:
         name: importlib.metadata.version(distribution)
         for name, distribution in (("hpo", "hpo-vision"), ("optuna", "optuna"))
     }
+
+
+def can_work_together(made_with: Any, here: Any) -> bool:
+    """Whether a study that was made with one version goes on under the other.
+
+    Releases that differ in their patch number only do: they change neither what a trial's config
+    means nor how it is trained.
+    """
+    return series(made_with) == series(here)
+
+
+def series(version: Any) -> str:
+    """Of versions that can work together: 0.1.* of 0.1.7; the version itself if it has no dots."""
+    parts = str(version).split(".")
+    return f"{'.'.join(parts[:2])}.*" if len(parts) > 2 else str(version)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +76,9 @@ class StudySpec:
     """Who decides whether a trial goes on: a key of hpo.pruners.PRUNERS."""
     earlier: str | None = None
     """The study whose best trials this one begins with."""
+    precision: str = "auto"
+    """Of all trainings: fp32, bf16, or auto, the fastest that is measured; a study goes by what its
+    first trial on such a machine has measured."""
     eta: int = 4
     """One in `eta` goes on at each rung."""
     lease_seconds: float = 30.0
@@ -72,8 +91,14 @@ class StudySpec:
         if self.seed < 0:
             raise UsageError(f"--seed must be >= 0, got {self.seed}")
         check_folds(self.folds)
+        check_precision(self.precision)
         if not 0 < self.lease_seconds <= 3600:
             raise UsageError(f"a lease lasts up to an hour, got {self.lease_seconds} s")
+
+    @property
+    def given_precision(self) -> Precision | None:
+        """The precision that the user has chosen, if it is the user's choice."""
+        return None if self.precision == "auto" else cast(Precision, self.precision)
 
     @property
     def epochs(self) -> int:
@@ -131,12 +156,18 @@ class StudySpec:
         """
         found = {"spec": values.get("version"), **values.get("versions", {})}
         wanted = {"spec": VERSION, **program_versions()}
+        unknown = values.keys() - {each.name for each in dataclasses.fields(cls)}
         for name, version in wanted.items():
-            if found.get(name) != version:
+            if not can_work_together(found.get(name), version):
                 raise UsageError(
-                    f"the study was made with {name} {found.get(name)}, here is {version}: "
-                    "use the same version, or another study"
+                    f"the study was made with {name} {found.get(name)}, here is {version}: use "
+                    f"{name} {series(found.get(name))}, or another study"
                 )
+        if unknown:
+            raise UsageError(
+                f"the study was made with a later hpo {found.get('hpo')}, which knows of "
+                f"{', '.join(sorted(unknown))}: update hpo here, or use another study"
+            )
         import_paths = tuple(values.get("import_paths", ()))
         append_folders(import_paths)  # the space's own networks are looked at while it is read
         parsed = {
@@ -163,6 +194,7 @@ class StudySpec:
             "objective": self.objective,
             "sampler": self.sampler,
             "pruner": self.pruner,
+            "precision": self.precision,
             "from": self.earlier,
         }
         return [
@@ -176,6 +208,12 @@ def check_folds(folds: int | None) -> None:
     """Raises UsageError if there can't be so many."""
     if folds is not None and not 2 <= folds <= MOST_FOLDS:
         raise UsageError(f"--folds must be between 2 and {MOST_FOLDS}, got {folds}")
+
+
+def check_precision(precision: str) -> None:
+    """Raises UsageError if there is no such precision."""
+    if precision not in PRECISIONS:
+        raise UsageError(unknown_name("precision", precision, PRECISIONS))
 
 
 def check_study_name(name: str) -> str:

@@ -71,7 +71,11 @@ def _measure(
     if batch_size is not None:
         fields["batch_size"] = batch_size
     return measure_speed(
-        TrainConfig.from_dict(fields), spec.load_data(), device=device, seconds=seconds
+        TrainConfig.from_dict(fields),
+        spec.load_data(),
+        device=device,
+        seconds=seconds,
+        precision=spec.given_precision,
     )
 
 

@@ -24,7 +24,9 @@ CREATE TABLE hpo_studies (
     launched_at timestamptz NOT NULL DEFAULT now(),
     stop_requested boolean NOT NULL DEFAULT false,
     deadline timestamptz,
-    test_openings integer NOT NULL DEFAULT 0
+    test_openings integer NOT NULL DEFAULT 0,
+    -- what was measured for the study, by what it is: its trials all go by the same
+    remembered jsonb NOT NULL DEFAULT '{}'
 );
 
 -- one row a trial, kept after its end: attempts and times are read from it
@@ -96,6 +98,7 @@ _MIGRATIONS: dict[int, str] = {
             ADD COLUMN state text NOT NULL DEFAULT 'working'
                 CHECK (state IN ('starting', 'working', 'sick')),
             ADD COLUMN reason text;
+        ALTER TABLE hpo_studies ADD COLUMN remembered jsonb NOT NULL DEFAULT '{}';
     """,
 }
 """What turns the tables of a version into those of the next one; studies and trials stay."""

@@ -227,6 +227,21 @@ class OpenStudy:
         """How the trial, which has reported at this step, compares with the COMPLETE ones."""
         return results.middle(self._database, self.record.study_id, step=step, trial_id=trial_id)
 
+    def remembered(self, key: str, found: Any) -> Any:
+        """What the study remembers under this key: the first value that was given for it.
+
+        found: a JSON value, which is kept if there is none yet. Re-checks share their study's.
+        """
+        given = {
+            "study": self.record.parent_id or self.record.study_id,
+            "key": key,
+            "found": json.dumps(found),
+        }
+        kept = _execute(self._database, _REMEMBER, given)
+        if kept is None:
+            raise StudyNotFound(self.record.name)
+        return kept
+
     def take_point(self, lease: Lease, num_points: int) -> int:
         """The point of a list of so many that the lease's trial has. Raises LeaseLost."""
         return points.take_point(self._database, lease, num_points=num_points)
@@ -319,6 +334,12 @@ _STOP = text("""
 _OPEN_TEST = text("""
     UPDATE hpo_studies SET test_openings = test_openings + 1 WHERE study_id = :study
     RETURNING test_openings
+""")
+
+_REMEMBER = text("""
+    UPDATE hpo_studies
+        SET remembered = jsonb_build_object(:key, CAST(:found AS jsonb)) || remembered
+    WHERE study_id = :study RETURNING remembered -> :key
 """)
 
 _BOUND_TRIAL = text("""

@@ -13,6 +13,7 @@ Average = Literal["none", "ema", "tail"]
 Trainable = Literal["all", "head", "last1", "last2", "last3", "gradual"]
 Policy = Literal["none", "trivialaugment", "randaugment"]
 Balance = Literal["none", "loss", "sampling", "smote"]
+Precision = Literal["fp32", "bf16"]
 Objective = Literal["accuracy", "balanced_accuracy", "macro_f1"]
 """Validation values that a training can be judged by; the names are those of Evaluation."""
 Argument = bool | int | float | str

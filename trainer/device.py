@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,11 @@ from torch.nn import functional
 
 from trainer.allocator import keep_freed_memory
 from trainer.backbones import build
-from trainer.config import ConfigError, TrainConfig, unknown_name
+from trainer.config import ConfigError, Precision, TrainConfig, unknown_name
 from trainer.foreign import Shape
 from trainer.memory import micro_batch_that_fits
 from trainer.optim import make_optimizer
 from trainer.seeds import own_randomness
-
-Precision = Literal["fp32", "bf16"]
 
 PROBE_ROUNDS = 5
 PROBE_STEP_SECONDS = 0.04
@@ -154,9 +152,12 @@ def choose_plan(
     num_threads: int = 1,
     data_bytes: int = 0,
     graphs: bool = False,
+    precision: Precision | None = None,
     remember: Remember = remember_here,
 ) -> DevicePlan:
     """The fastest way found to train this backbone here, in micro-batches that fit.
+
+    precision: is taken as it is, with channels_last, and nothing is measured.
 
     On CUDA bf16 with channels_last where the hardware has it; on a CPU a probe of a few
     training steps, well below a second for small networks, once for each (backbone, size,
@@ -167,7 +168,10 @@ def choose_plan(
     """
     prepare(device, num_threads)
     plain = DevicePlan(device=device, num_threads=num_threads)
-    plan = _fast_plan(config, plain, input_size, num_classes, remember)
+    if precision is None:
+        plan = _fast_plan(config, plain, input_size, num_classes, remember)
+    else:
+        plan = dataclasses.replace(plain, precision=precision, channels_last=True)
     if graphs and ":" not in config.backbone:
         plan = dataclasses.replace(plan, graphs=True).on(device)
 

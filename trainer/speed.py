@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from trainer.augment import augment
 from trainer.batches import to_device
-from trainer.config import TrainConfig
+from trainer.config import Precision, TrainConfig
 from trainer.data.dataset import ImageDataset, Split
 from trainer.device import choose_plan
 from trainer.evaluate import Normaliser, evaluate
@@ -32,14 +32,25 @@ class Speed:
     """Images at once where the batch doesn't fit into the device's memory."""
 
 
-def measure_speed(config: TrainConfig, data: ImageDataset, *, device: str, seconds: float) -> Speed:
+def measure_speed(
+    config: TrainConfig,
+    data: ImageDataset,
+    *,
+    device: str,
+    seconds: float,
+    precision: Precision | None = None,
+) -> Speed:
     """Train for about so many seconds on the first images, then evaluate for half as long.
 
     Slow configurations take three optimizer steps, however long. Raises ConfigError or
     OutOfMemory as a training would.
     """
     plan = choose_plan(
-        config, input_size=data.input_size, num_classes=data.num_classes, device=device
+        config,
+        input_size=data.input_size,
+        num_classes=data.num_classes,
+        device=device,
+        precision=precision,
     )
     first = range(min(_MOST_IMAGES, len(data.train)))
     config = dataclasses.replace(config, pretrained=False, batch_size=min(

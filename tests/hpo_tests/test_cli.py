@@ -15,9 +15,9 @@ _COMMANDS = {
     "launch": {
         "--study", "--data", "--image-size", "--max-broken", "--max-memory", "--trials",
         "--epochs", "--workers", "--devices", "--space", "--backbone", "--module", "--seed",
-        "--folds", "--objective", "--timeout", "--weights", "--max-params", "--max-megabytes",
-        "--max-latency-ms", "--sampler", "--pruner", "--try", "--from", "--set", "--detach",
-        "--storage", "--json",
+        "--folds", "--objective", "--precision", "--timeout", "--weights", "--max-params",
+        "--max-megabytes", "--max-latency-ms", "--sampler", "--pruner", "--try", "--from", "--set",
+        "--detach", "--storage", "--json",
     },
     "worker": {"--study", "--device", "--storage"},
     "status": {"--study", "--watch", "--storage", "--json"},

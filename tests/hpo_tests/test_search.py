@@ -94,7 +94,8 @@ def test_a_grid_cuts_the_budget_to_its_size_now_and_later(
     assert record.budget == 3
     assert "the grid has 3 points: 3 trials are enough" in caplog.text
     assert prepare(database, trials=40).budget == 3
-    assert prepare(database, trials=2).budget == 2
+    with pytest.raises(UsageError, match="can grow but not shrink to 2"):
+        prepare(database, trials=2)
 
 
 def test_a_grid_without_an_end_is_refused_and_so_are_points_in_one(database: Database) -> None:

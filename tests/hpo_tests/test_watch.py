@@ -12,14 +12,17 @@ from typing import Any, cast
 import pytest
 from optuna.trial import TrialState
 
-from hpo.errors import ExitCode, WorkersDie
+from hpo import watch
+from hpo.errors import ExitCode, UsageError, WorkersDie
 from hpo.executors.local import LocalWorker
 from hpo.progress import ProgressView
 from hpo.watch import Watch
 from storage.database import Database
+from storage.errors import StorageError
 from storage.leases import Lease, claim, forget_worker, register_worker
 from storage.studies import OpenStudy, StudyRecord
 from tests.parts import make_study
+from trainer.config import DataError
 
 
 class Ending:
@@ -50,6 +53,9 @@ class Ending:
 
     def signal(self, *_: object) -> None:
         """Nobody is left."""
+
+    def close(self) -> None:
+        """Nothing is claimed."""
 
 
 def watched(database: Database, executor: Ending, record: StudyRecord | None = None) -> Watch:
@@ -124,6 +130,55 @@ def test_workers_that_end_before_they_work_end_the_launch_with_their_last_words(
     with pytest.raises(WorkersDie, match="exit code 1: RuntimeError: no such thing"):
         watched(database, executor).run()
     assert executor.num_started < 10
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (ExitCode.USAGE, UsageError),
+        (ExitCode.DATABASE, StorageError),
+        (ExitCode.DATA, DataError),
+    ],
+)
+def test_a_worker_that_refuses_to_work_is_not_started_again_and_its_words_end_the_launch(
+    code: ExitCode, error: type[Exception], database: Database, tmp_path: Path
+) -> None:
+    (tmp_path / "log").write_text("hpo: the data is another\n")
+    executor = Ending(iter([int(code)] * 50), tmp_path / "log")
+    with pytest.raises(error, match=r"^the data is another$"):
+        watched(database, executor).run()
+    assert executor.num_started == 1
+
+
+class OneRefuses(Ending):
+    """The first worker refuses to work, the second one finds the budget used up."""
+
+    num_workers = 2
+
+
+def test_where_one_worker_refuses_the_others_go_on(database: Database, tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("hpo: no such device\n")
+    executor = OneRefuses(iter([int(ExitCode.USAGE), int(ExitCode.DONE)]), tmp_path / "log")
+    watched(database, executor).run()
+    assert executor.num_started == 2
+
+
+def test_pauses_between_workers_that_die_grow(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "_FIRST_PAUSE_SECONDS", 2.0)
+    executor = Ending(iter([]), tmp_path / "log")
+    launch = watched(database, executor)
+    slot = watch._Slot(index=0)
+    worker = LocalWorker(
+        id="w", index=0, device="cpu", log=tmp_path / "log", process=cast(Any, None),
+        started_at=time.monotonic(),
+    )  # fmt: skip
+    due = []
+    for _ in range(5):
+        launch._ended(slot, worker, int(ExitCode.GIVEN_BACK))
+        due.append(round(max(0.0, slot.start_at - time.monotonic())))
+    assert due == [0, 2, 4, 5, 5]
 
 
 def test_workers_that_signals_asked_to_leave_are_replaced_as_often_as_it_takes(
