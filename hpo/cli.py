@@ -336,12 +336,13 @@ def stop(study: Study = None, storage: Storage = None) -> None:
 @app.command()
 def dashboard(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
-    host: Annotated[
-        str, typer.Option(help="Beyond this machine: only behind a token.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     token_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Holds the token; else one is made up.")
     ] = None,
+    no_token: Annotated[
+        bool, typer.Option("--no-token", help="Let in every user of this machine.")
+    ] = False,
     storage: Storage = None,
 ) -> None:
     """Watch studies in the browser."""
@@ -353,6 +354,7 @@ def dashboard(
         host=host,
         port=port,
         token_file=token_file,
+        no_token=no_token,
         ready=lambda link: typer.echo(f"dashboard: {link}"),
     )
 

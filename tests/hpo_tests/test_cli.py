@@ -24,7 +24,7 @@ _COMMANDS = {
     "trials": {"--study", "--storage", "--json"},
     "studies": {"--storage", "--json"},
     "stop": {"--study", "--storage"},
-    "dashboard": {"--port", "--host", "--token-file", "--storage"},
+    "dashboard": {"--port", "--host", "--token-file", "--no-token", "--storage"},
     "best": {
         "--study", "--export", "--out", "--top-k", "--seeds", "--formats", "--storage", "--json",
     },
