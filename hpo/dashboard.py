@@ -13,6 +13,7 @@ import optuna
 import optuna_dashboard
 import waitress.server
 
+from hpo.dashboard_routes import Rules
 from hpo.door import Door, reason_of
 from trainer.config import ConfigError
 
@@ -73,6 +74,7 @@ def make_app(
     cached = optuna.storages.get_storage(storage)
     app = optuna_dashboard.wsgi(cached)
     app.catchall = False
+    app.install(Rules(cached))
     logging.getLogger("optuna_dashboard._bottle_util").addFilter(_say_it_in_one_line)
     return Door(app, allowed_hosts=allowed_hosts, token=token, clock=clock)
 
