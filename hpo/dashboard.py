@@ -1,4 +1,4 @@
-"""optuna-dashboard on the study's database, behind a door of ours."""
+"""optuna-dashboard on the study's database: behind a door, its routes under rules, bounded."""
 
 import logging
 import secrets
@@ -11,9 +11,9 @@ from wsgiref.types import WSGIApplication
 
 import optuna
 import optuna_dashboard
-import waitress.server
 
 from hpo.dashboard_routes import Rules
+from hpo.dashboard_server import DashboardServer
 from hpo.door import Door, reason_of
 from trainer.config import ConfigError
 
@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1"})
 _EVERY_ADDRESS = ("", "0.0.0.0", "::")
-_LARGEST_REQUEST_BYTES = 1 << 20
 
 
 def serve(
@@ -46,9 +45,7 @@ def serve(
     app = make_app(storage, allowed_hosts={*THIS_MACHINE, shown}, token=token)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     with _listen(host, port) as listener:
-        server = waitress.server.create_server(
-            app, sockets=[listener], ident=None, max_request_body_size=_LARGEST_REQUEST_BYTES
-        )
+        server = DashboardServer(app, listener)
         try:
             address = f"[{shown}]" if ":" in shown else shown
             link = f"http://{address}:{listener.getsockname()[1]}/"
