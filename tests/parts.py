@@ -9,13 +9,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psycopg2
 import sqlalchemy
 
 from storage.database import Database
-from storage.embedded import EmbeddedPostgres, _binaries, _let_through, _system_user
+from storage.embedded import EmbeddedPostgres
+from storage.embedded_programs import ServerUser, programs, system_user
 from storage.studies import StudyRecord, create_study
 
 PASSWORD = "s3cret{}%40-" + secrets.token_hex(4)
@@ -54,7 +54,6 @@ class TcpPostgres:
 
     folder: Path
     port: int
-    _user: dict[str, Any] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
@@ -70,35 +69,39 @@ class TcpPostgres:
 
     def make(self) -> None:
         """initdb."""
-        password_file = self.folder / "password"
+        data, password_file = self.folder / "data", self.folder / "password"
+        data.mkdir(mode=0o700)
         password_file.write_text(PASSWORD)
-        if os.geteuid() == 0:
-            owner = _system_user("pgserver")
-            for path in (self.folder, password_file):
-                os.chown(path, owner.pw_uid, owner.pw_gid)
-            _let_through(self.folder)
-            _let_through(_binaries())
-            self._user = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
-        self._run("initdb", "-A", "scram-sha-256", "-U", "postgres", f"--pwfile={password_file}")
+        for path in (self.folder, data, password_file):
+            os.chown(path, self._user.uid, self._user.gid)
+        self._run("initdb", "-A", "scram-sha-256", "-U", "postgres", "--pwfile=../password")
         password_file.unlink()
 
     def start(self) -> None:
         """Returns when the server answers."""
-        options = f"-h 127.0.0.1 -p {self.port} -k {self.folder}"
-        self._run("pg_ctl", "start", "-w", "-o", options, "-l", str(self.folder / "log"))
+        self._run(
+            "pg_ctl", "start", "-w", "-o", f"-h 127.0.0.1 -p {self.port} -k .", "-l", "../log"
+        )
 
     def stop(self, mode: str) -> None:
         """mode: fast or immediate."""
         self._run("pg_ctl", "stop", "-w", "-m", mode)
 
+    @property
+    def _user(self) -> ServerUser:
+        if os.geteuid() == 0:
+            return system_user("pgserver")
+        return ServerUser(uid=os.geteuid(), gid=os.getegid())
+
     def _run(self, program: str, *args: str) -> None:
         subprocess.run(
-            [str(_binaries() / program), *args, "-D", str(self.folder / "data")],
+            [str(programs(self._user) / program), *args, "-D", "/proc/self/cwd"],
             check=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            cwd="/",
-            **self._user,
+            # the folders above may be closed to that user
+            cwd=self.folder / "data",
+            **self._user.demotion,
         )
 
 
