@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import random
+import re
 import select
 import threading
 import time
@@ -19,6 +20,7 @@ from sqlalchemy import pool as sqlalchemy_pool
 from storage.embedded import EmbeddedPostgres
 from storage.errors import DatabaseUnreachable, StorageError
 from storage.home import home
+from storage.libpq import is_parameter, service_of_the_environment
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -34,7 +36,10 @@ _ANSWER_SECONDS = 20.0
 """Of silence until a connection counts as dead, also one whose server is stopped."""
 _IDLE_SECONDS = 20.0
 """In a transaction: a client that vanished or was stopped must not keep its locks for longer."""
+_NO_OPTIONS = "unsupported startup parameter"
 _DRIVER = "postgresql+psycopg2"
+_INVALID_VALUE = re.compile(r'invalid \w+ value: "')
+"""libpq's words for a parameter, of the URL or the environment, that can't be so."""
 _OUTAGES = (
     psycopg2.OperationalError,
     psycopg2.InterfaceError,
@@ -58,6 +63,16 @@ def normalise_url(url: str) -> sqlalchemy.URL:
             f"{name} can't hold a study: give a Postgres, postgresql://USER@HOST:PORT/DATABASE, "
             "or leave --storage out for the embedded one"
         )
+    for key, value in parsed.query.items():
+        if not is_parameter(key):
+            raise StorageError(
+                f"the storage's URL has a parameter that Postgres doesn't know, {key[:40]!r}: "
+                "leave it out (a schema is given by ?options=-csearch_path%3DNAME)"
+            )
+        if not isinstance(value, str):
+            raise StorageError(
+                f"the storage's URL gives {key} more than once: give it once (hosts as A,B)"
+            )
     return parsed.set(drivername=_DRIVER)
 
 
@@ -81,6 +96,8 @@ class Database:
             self._connect, pool_size=1, max_overflow=2, pre_ping=True, timeout=60, use_lifo=True
         )
         self.engine = sqlalchemy.create_engine(f"{_DRIVER}://", pool=self.pool)
+        self._takes_options = True
+        """Whether settings may stand in a connection's first packet."""
 
     @property
     def name(self) -> str:
@@ -118,6 +135,10 @@ class Database:
                 reason = outage(error)
                 if reason is None:
                     raise
+                if _NO_OPTIONS in reason:
+                    reason += (
+                        ": take options out of the URL and PGOPTIONS, or let pgbouncer ignore them"
+                    )
                 if hopeless(reason):
                     raise StorageError(f"{self.name} refuses: {reason}") from None
                 if time.monotonic() + pause > deadline or self.cancelled.is_set():
@@ -148,18 +169,45 @@ class Database:
             assert self.url is not None
             given = {"host": self.url.host, "port": self.url.port, "dbname": self.url.database,
                      "user": self.url.username, "password": self.url.password}  # fmt: skip
+            given["service"] = service_of_the_environment()
             given |= dict(self.url.query)
-        options = (
-            f"-c statement_timeout={_STATEMENT_SECONDS}s -c lock_timeout=10s -c timezone=UTC"
-            f" -c idle_in_transaction_session_timeout={int(_IDLE_SECONDS * 1000)}"
-        )
-        given["options"] = f"{given.get('options') or ''} {options}"
-        given.setdefault("application_name", "hpo")
+        given.setdefault("application_name", os.environ.get("PGAPPNAME") or "hpo")
         given.setdefault("keepalives_idle", 5)
         given.setdefault("keepalives_interval", 5)
         given.setdefault("keepalives_count", 3)
         given.setdefault("tcp_user_timeout", int(_ANSWER_SECONDS * 1000))
-        return psycopg2.connect(**{key: value for key, value in given.items() if value is not None})
+        given = {key: value for key, value in given.items() if value is not None}
+        if self._takes_options:
+            try:
+                return psycopg2.connect(**{**given, "options": _with_settings(given)})
+            except psycopg2.OperationalError as error:
+                if _NO_OPTIONS not in str(error):
+                    raise
+                self._takes_options = False  # pgbouncer, as it comes
+        connection = psycopg2.connect(**given)
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(";".join(f"SET {name}='{to}'" for name, to in _settings().items()))
+            connection.commit()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+def _settings() -> dict[str, str]:
+    """Of each connection: told in its first packet, or else by a statement."""
+    return {
+        "statement_timeout": f"{_STATEMENT_SECONDS}s",
+        "lock_timeout": "10s",
+        "timezone": "UTC",
+        "idle_in_transaction_session_timeout": f"{int(_IDLE_SECONDS * 1000)}ms",
+    }
+
+
+def _with_settings(given: dict[str, Any]) -> str:
+    options = given.get("options", os.environ.get("PGOPTIONS", ""))
+    return " ".join([options, *(f"-c {name}={to}" for name, to in _settings().items())])
 
 
 def outage(error: BaseException) -> str | None:
@@ -185,8 +233,10 @@ def hopeless(reason: str) -> bool:
     signs = (
         "authentication failed", "no password supplied", "no pg_hba.conf entry",
         "does not exist", "invalid connection option", "root certificate file",
+        "invalid integer value", "invalid port number", "definition of service", "service file",
+        _NO_OPTIONS,
     )  # fmt: skip
-    return any(sign in reason for sign in signs)
+    return any(sign in reason for sign in signs) or bool(_INVALID_VALUE.search(reason))
 
 
 def _wait(connection: psycopg2.extensions.connection) -> None:

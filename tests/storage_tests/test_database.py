@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import socket
 import threading
@@ -147,3 +148,114 @@ def test_a_process_keeps_one_connection(database: Database) -> None:
                 text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")
             ).scalar()
     assert found == 1
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    ["schema=public", "pgbouncer=true", "a%20b=c", "%C3%BC=1", "sslmode=disable&sslmode=require"],
+)
+def test_a_parameter_that_postgres_does_not_know_is_refused_in_one_line(parameters: str) -> None:
+    with pytest.raises(StorageError, match=r"the storage's URL (has|gives)") as refused:
+        Database(f"postgresql://me:{PASSWORD}@127.0.0.1:1/x?{parameters}")
+    assert PASSWORD not in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "parameters", ["sslmode=wrong", "keepalives_idle=wrong", "port=99999", "service=missing"]
+)
+def test_a_parameter_with_a_value_that_can_not_be_is_told_at_once(
+    parameters: str, tcp_postgres: TcpPostgres
+) -> None:
+    database = Database(f"{tcp_postgres.url}?{parameters}")
+    database.while_waiting = lambda: pytest.fail("it is tried again")
+    with pytest.raises(StorageError, match=r"refuses: .*(invalid|not found)"):
+        database.open()
+
+
+class Bouncer:
+    """Passes connections on, but refuses startup parameters as pgbouncer does in its defaults.
+
+    pgbouncer's documentation, ignore_startup_parameters: it allows only parameters that it can keep
+    track of (client_encoding, datestyle, timezone, standard_conforming_strings and, of late,
+    application_name), and options only with these; all others raise an error.
+    """
+
+    def __init__(self, behind: int) -> None:
+        self._behind = behind
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client = self._listener.accept()[0]
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError):
+            packet = self._packet(client)
+            while int.from_bytes(packet[4:8], "big") in (80877103, 80877104):  # SSL, GSSAPI
+                client.sendall(b"N")
+                packet = self._packet(client)
+            if b"\0options\0" in packet:
+                text = b"unsupported startup parameter in options: statement_timeout"
+                fields = b"SFATAL\0C08P01\0M" + text + b"\0\0"
+                client.sendall(b"E" + (len(fields) + 4).to_bytes(4, "big") + fields)
+                return
+            with socket.create_connection(("127.0.0.1", self._behind)) as server:
+                server.sendall(packet)
+                back = threading.Thread(target=self._copy, args=(server, client), daemon=True)
+                back.start()
+                self._copy(client, server)
+                back.join(10)
+
+    @staticmethod
+    def _packet(client: socket.socket) -> bytes:
+        head = client.recv(4, socket.MSG_WAITALL)
+        return head + client.recv(int.from_bytes(head, "big") - 4, socket.MSG_WAITALL)
+
+    @staticmethod
+    def _copy(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65_536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture
+def bouncer(tcp_postgres: TcpPostgres) -> Iterator[str]:
+    """The URL of a database behind it."""
+    passing = Bouncer(tcp_postgres.port)
+    yield tcp_postgres.url.replace(f":{tcp_postgres.port}/", f":{passing.port}/")
+    passing.close()
+
+
+def test_behind_pgbouncer_a_connection_has_the_same_settings(bouncer: str) -> None:
+    database = Database(bouncer)
+    database.open()
+    with database.engine.connect() as connection:
+        shown = [
+            connection.execute(text(f"SHOW {name}")).scalar()
+            for name in (
+                "statement_timeout",
+                "lock_timeout",
+                "idle_in_transaction_session_timeout",
+                "timezone",
+            )
+        ]
+    assert shown == ["15s", "10s", "20s", "UTC"]
+    database.engine.dispose()
+
+
+def test_what_pgbouncer_refuses_of_the_users_own_is_told_in_one_line(bouncer: str) -> None:
+    database = Database(f"{bouncer}?options=-cgeqo%3Doff")
+    with pytest.raises(
+        StorageError, match=r"unsupported startup parameter in options.*take options"
+    ):
+        database.open()
