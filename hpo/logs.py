@@ -1,9 +1,11 @@
-"""The log files of processes without a terminal: not through symbolic links, not without end."""
+"""The log files of processes without a terminal: not through links, not without end."""
 
 import os
 from pathlib import Path
 
 from hpo.errors import UsageError
+from storage.errors import StorageError
+from storage.folders import private_folder
 from storage.home import home
 
 LARGEST_BYTES = 16 * 2**20
@@ -20,17 +22,21 @@ def check_log_folder() -> None:
 
 
 def open_log(path: Path) -> int:
-    """A descriptor that appends to the log, whose folder is made if need be.
+    """A descriptor that appends to the log, whose folder is made if need be; both are private.
 
-    Raises UsageError if the file or its folder is a symbolic link or can't be written.
+    Raises UsageError if the file or its folder is a link, or another user's, or can't be written.
     """
+    if path.parent.is_symlink():
+        raise UsageError(f"{path.parent} is a symbolic link: remove it, or set HPO_HOME")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.parent.is_symlink():
-            raise UsageError(f"{path.parent} is a symbolic link: remove it, or set HPO_HOME")
-        if not path.is_symlink() and path.exists() and path.stat().st_size > LARGEST_BYTES:
-            path.replace(path.with_suffix(".log.1"))
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-        return os.open(path, flags, 0o644)
+        folder = private_folder(path.parent, through_links=False)
+        try:
+            if folder.size(path.name) > LARGEST_BYTES:
+                folder.rename(path.name, path.with_suffix(".log.1").name)
+            return folder.file(path.name)
+        finally:
+            folder.close()
+    except StorageError as error:
+        raise UsageError(str(error)) from error
     except OSError as error:
         raise UsageError(f"can't write the log {path}: {error.strerror}; set HPO_HOME") from error

@@ -11,13 +11,14 @@ import json
 import logging
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from storage.folders import PrivateFolder, private_folder
 from storage.home import home
+from storage.locks import lock
 
 logger = logging.getLogger(__name__)
 MOST_DAYS = 30
@@ -34,8 +35,7 @@ def measured_once(what: str, measure: Callable[[], Any], check: Check = bool) ->
     check: raises ValueError for a value that can't be one. What can't be read or kept is measured.
     """
     here = json.dumps({"what": what, **machine()}, sort_keys=True)
-    folder = home() / "measured"
-    path = folder / (hashlib.sha256(here.encode()).hexdigest()[:32] + ".json")
+    path = home() / "measured" / (hashlib.sha256(here.encode()).hexdigest()[:32] + ".json")
     if path not in _known:
         _known[path] = _kept(path, here, measure, check)
     return _known[path]
@@ -44,22 +44,23 @@ def measured_once(what: str, measure: Callable[[], Any], check: Check = bool) ->
 def _kept(path: Path, here: str, measure: Callable[[], Any], check: Check) -> Any:
     found = None
     try:
-        with _locked(path.parent):
-            found = _read(path, here, check)
+        with _locked(path.parent) as folder:
+            found = _read(folder, path.name, here, check)
             if found is None:
                 found = measure()
-                _write(path, {"machine": here, "value": found})
+                folder.write(path.name, json.dumps({"machine": here, "value": found}).encode())
     except OSError as error:
         logger.warning("what is measured can't be kept: %s", error)
     return measure() if found is None else found
 
 
-def _read(path: Path, here: str, check: Check) -> Any:
+def _read(folder: PrivateFolder, name: str, here: str, check: Check) -> Any:
     """None if there is no such file, or none that is new and ours."""
     try:
-        if time.time() - path.stat().st_mtime > MOST_DAYS * 86_400:
+        written, file = folder.read(name)
+        if time.time() - file.st_mtime > MOST_DAYS * 86_400:
             return None
-        content = json.loads(path.read_bytes())
+        content = json.loads(written)
         if content["machine"] != here:
             return None
         check(content["value"])
@@ -68,23 +69,15 @@ def _read(path: Path, here: str, check: Check) -> Any:
         return None
 
 
-def _write(path: Path, content: Any) -> None:
-    number, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    with os.fdopen(number, "w") as file:
-        json.dump(content, file)
-    os.replace(partial, path)
-
-
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[PrivateFolder]:
     """With no other process in it; the kernel unlocks it, however this one ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    folder = private_folder(path)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        lock(folder.descriptor, fcntl.LOCK_EX, path)
+        yield folder
     finally:
-        os.close(descriptor)
+        folder.close()
 
 
 @functools.cache

@@ -29,6 +29,7 @@ from storage.errors import DatabaseUnreachable, StorageError
 from storage.folders import PrivateFolder, private_folder
 from storage.libpq import sealed
 from storage.locks import lock
+from storage.nameless import with_a_name
 
 _SOCKET_NAME = ".s.PGSQL.5432"
 _LONGEST_SOCKET_PATH_BYTES = 100  # 107 on Linux, 103 on macOS
@@ -150,7 +151,7 @@ class EmbeddedPostgres:
 
     def _start(self, folder: PrivateFolder) -> None:
         user = server_user(folder)
-        if not folder.has("data/PG_VERSION"):
+        if folder.size("data/PG_VERSION") < 0:
             self._initialise(folder, user)
         data = folder.folder("data")
         if data is None:
@@ -202,20 +203,22 @@ class EmbeddedPostgres:
         log = folder.file("initdb.log")
         try:
             before = os.fstat(log).st_size
-            done = subprocess.run(
-                [
-                    str(programs(user) / "initdb"), "--auth=trust", "--encoding=utf8",
-                    "--locale=C", "-U", "postgres", "-c", "dynamic_shared_memory_type=mmap",
-                    "-D", _working_folder(self.folder / "data.new"),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=_by_descriptor(half, self.folder / "data.new"),
-                env=_ENVIRONMENT,
-                umask=0o077,
-                **user.demotion,
-            )  # fmt: skip
+            with with_a_name(user.uid, user.gid) as (variables, descriptors):
+                done = subprocess.run(
+                    [
+                        str(programs(user) / "initdb"), "--auth=trust", "--encoding=utf8",
+                        "--locale=C", "-U", "postgres", "-c", "dynamic_shared_memory_type=mmap",
+                        "-D", _working_folder(self.folder / "data.new"),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd=_by_descriptor(half, self.folder / "data.new"),
+                    env={**_ENVIRONMENT, **variables},
+                    pass_fds=descriptors,
+                    umask=0o077,
+                    **user.demotion,
+                )  # fmt: skip
             if done.returncode:
                 raise StorageError(
                     f"can't make the embedded Postgres: {_complaint(log, before)}; "

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import pwd
+import secrets
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,13 +84,37 @@ class PrivateFolder:
         except FileNotFoundError:
             return None
 
-    def has(self, name: str) -> bool:
-        """Whether there is such a file, and no link of that name."""
+    def read(self, name: str) -> tuple[bytes, os.stat_result]:
+        """What a file holds, and what it is. Raises OSError, also if it is something else."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with open(os.open(name, flags, dir_fd=self.descriptor), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise FileNotFoundError(errno.ENOENT, "No such file", name)
+            return file.read(), found
+
+    def write(self, name: str, content: bytes) -> None:
+        """Put the content in the place of the file, in one step. Raises OSError."""
+        partial = f"{secrets.token_hex(8)}.partial"
+        with open(self._new_file(partial, os.O_WRONLY | os.O_NOFOLLOW, self.owner), "wb") as file:
+            file.write(content)
+        self.rename(partial, name)
+
+    def rename(self, name: str, to: str) -> None:
+        """Put one file in the place of another. Raises OSError."""
+        os.replace(name, to, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+
+    def close(self) -> None:
+        """Once and no more."""
+        os.close(self.descriptor)
+
+    def size(self, name: str) -> int:
+        """The bytes of a file; -1 if there is no such, or a link of that name."""
         try:
             found = os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
         except FileNotFoundError:
-            return False
-        return stat.S_ISREG(found.st_mode)
+            return -1
+        return found.st_size if stat.S_ISREG(found.st_mode) else -1
 
     @contextlib.contextmanager
     def locked(self, name: str) -> Iterator[None]:
@@ -102,12 +127,15 @@ class PrivateFolder:
             os.close(descriptor)
 
 
-def private_folder(path: Path) -> PrivateFolder:
-    """The folder, made if need be, with rights for nobody but its owner. Raises OSError."""
+def private_folder(path: Path, *, through_links: bool = True) -> PrivateFolder:
+    """The folder, made if need be, with rights for nobody but its owner. Raises OSError.
+
+    through_links: also where a symbolic link is in its place, unless root asks.
+    """
     make_folder(path, mode=0o700)
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    if os.geteuid() == 0:
-        flags |= os.O_NOFOLLOW  # where somebody else may have put a link in its place
+    if os.geteuid() == 0 or not through_links:
+        flags |= os.O_NOFOLLOW
     descriptor = os.open(path, flags)
     found = os.fstat(descriptor)
     if stat.S_IMODE(found.st_mode) & 0o077 and os.geteuid() in (0, found.st_uid):
@@ -130,7 +158,7 @@ def make_folder(path: Path, mode: int = 0o777) -> None:
             folder.mkdir(mode=mode if number == len(missing) else 0o777)
         except FileExistsError:
             if not folder.is_dir():
-                raise
+                raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(folder)) from None
         else:
             if os.geteuid() == 0 and owner.st_uid != 0:
                 os.chown(folder, owner.st_uid, owner.st_gid, follow_symlinks=False)

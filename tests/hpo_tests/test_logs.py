@@ -1,6 +1,7 @@
 """Log files in folders that others may have prepared."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,32 @@ def test_a_log_that_can_t_be_written_is_said_in_one_line(tmp_path: Path) -> None
     (tmp_path / "logs").write_text("a file where a folder is to be")
     with pytest.raises(UsageError, match=r"can't write the log .*: (File exists|Not a directory)"):
         open_log(tmp_path / "logs" / "worker-0.log")
+
+
+@pytest.mark.parametrize("plant", [os.link, lambda _, path: os.mkfifo(path)])
+def test_a_log_is_not_written_into_what_others_put_in_its_place(
+    plant: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "victim").write_text("unharmed")
+    plant(tmp_path / "victim", tmp_path / "1" / "worker-0.log")
+    with pytest.raises(UsageError, match=r"worker-0.log is no file of ours: remove it"):
+        open_log(tmp_path / "1" / "worker-0.log")
+    assert (tmp_path / "victim").read_text() == "unharmed"
+
+
+def test_a_log_is_its_owners_alone(tmp_path: Path) -> None:
+    append(tmp_path / "1" / "worker-0.log", b"first\n")
+    assert (tmp_path / "1").stat().st_mode & 0o077 == 0
+    assert (tmp_path / "1" / "worker-0.log").stat().st_mode & 0o077 == 0
+
+
+def test_a_log_below_another_users_home_is_that_users(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    if os.geteuid() == 0:
+        os.chown(home, 54_321, 54_321)
+    append(home / "logs" / "1" / "worker-0.log", b"first\n")
+    made = list(home.rglob("*"))
+    assert len(made) == 3
+    assert {path.stat().st_uid for path in made} == {home.stat().st_uid}

@@ -1,4 +1,5 @@
 import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -87,6 +88,41 @@ def test_a_home_that_can_not_be_written_costs_a_measurement_and_a_warning(
     assert [measured_once("length", ruler) for _ in range(3)] == [7, 7, 7]
     assert ruler.num_calls == 1
     assert "can't be kept" in caplog.text
+
+
+def test_nobody_else_can_hold_the_lock(home: Path) -> None:
+    (home / "measured").mkdir(mode=0o755)  # as earlier versions made it
+    measured_once("length", Ruler())
+    assert (home / "measured").stat().st_mode & 0o7777 == 0o700
+
+
+def test_what_is_measured_below_another_users_home_is_that_users(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.geteuid() == 0:
+        os.chown(home, 54_321, 54_321)
+    measured_once("length", Ruler())
+    made = list(home.rglob("*"))
+    assert len(made) == 2
+    assert {path.stat().st_uid for path in made} == {home.stat().st_uid}
+    as_another_process(monkeypatch)
+    assert measured_once("length", Ruler(8)) == 7
+
+
+def test_whoever_waits_for_a_measurement_is_told_on_whom(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    measured_once("length", Ruler())
+    holder = subprocess.Popen(
+        ["flock", str(home / "measured"), "sh", "-c", "echo held; exec sleep 4"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    assert measured_once("width", Ruler()) == 7
+    assert f"waiting for process {holder.pid}, which holds the lock" in caplog.text
+    holder.communicate()
 
 
 def test_processes_that_begin_together_measure_once(monkeypatch: pytest.MonkeyPatch) -> None:

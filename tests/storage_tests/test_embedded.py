@@ -312,7 +312,7 @@ def test_what_root_makes_in_a_folder_of_another_user_is_that_users(folder: Path)
     home = folder / "home"
     home.mkdir()
     if os.geteuid() == 0:
-        os.chown(home, 65_534, 65_534)
+        os.chown(home, 54_321, 54_321)  # without a name, as users of containers are
     server = started_and_stopped(home / "below" / "pg")
     made = [home / "below", *(home / "below").rglob("*")]
     assert server.data in made

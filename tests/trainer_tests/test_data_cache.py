@@ -122,6 +122,29 @@ def test_a_cache_that_can_not_be_made_is_one_line(cache: Path) -> None:
         kept_folder("index-a")
 
 
+def test_nobody_else_can_open_the_cache_and_hold_a_lock_there(cache: Path) -> None:
+    cache.mkdir(parents=True)
+    cache.chmod(0o755)  # as earlier versions made it
+    held("images-a", Builder(10)).let_go()
+    assert cache.stat().st_mode & 0o7777 == 0o700
+
+
+def test_whoever_waits_for_a_folder_is_told_on_whom(
+    cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    held("images-a", Builder(10)).let_go()
+    holder = subprocess.Popen(
+        ["flock", str(cache / "images-a"), "sh", "-c", "echo held; exec sleep 1"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    held("images-a", Builder(10)).let_go()
+    assert f"waiting for it (process {holder.pid})" in caplog.text
+    holder.communicate()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """200 pictures that take a few milliseconds each."""

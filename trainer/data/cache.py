@@ -94,9 +94,7 @@ def locked_folder(path: Path) -> Iterator[Path]:
         lock = _open(path)
         if lock is None:
             continue
-        if not _lock_now(lock, fcntl.LOCK_EX):
-            _log.warning("another process reads these pictures: waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        _lock(lock, fcntl.LOCK_EX)
         if _is_at(path, lock):
             break
         os.close(lock)
@@ -159,7 +157,7 @@ def _hold(path: Path) -> Held | None:
     lock = _open(path)
     if lock is None:
         return None
-    fcntl.flock(lock, fcntl.LOCK_SH)
+    _lock(lock, fcntl.LOCK_SH)
     if _is_at(path, lock):
         return Held(path, lock)
     os.close(lock)
@@ -171,6 +169,26 @@ def _open(path: Path) -> int | None:
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
         return None
+
+
+def _lock(lock: int, operation: int) -> None:
+    """Waits for whoever holds the lock, and logs who that is."""
+    if not _lock_now(lock, operation):
+        _log.warning("another process reads these pictures: waiting for it%s", _holder(lock))
+        fcntl.flock(lock, operation)
+
+
+def _holder(lock: int) -> str:
+    """The number of the process that holds a lock on this folder, where the kernel shows it."""
+    there = os.fstat(lock)
+    inode = f"{os.major(there.st_dev):02x}:{os.minor(there.st_dev):02x}:{there.st_ino}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            # "1: FLOCK  ADVISORY  WRITE 4711 08:01:1234 0 EOF"; 0: in another container
+            words = line.split()
+            if words[1] == "FLOCK" and words[5] == inode and words[4] != "0":
+                return f" (process {words[4]})"
+    return ""
 
 
 def _lock_now(lock: int, operation: int) -> bool:
@@ -198,7 +216,12 @@ def _empty(folder: Path) -> None:
 def _root() -> Path:
     root = cache_root()
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        root.parent.mkdir(parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, exist_ok=True)
+        found = root.stat()
+        # a lock on a folder that others can open would be theirs to hold
+        if found.st_uid == os.geteuid() and found.st_mode & 0o077:
+            root.chmod(0o700)
     except OSError as error:
         raise DataError(
             f"the cache {root} can't be made ({error.strerror}): set HPO_HOME to a folder that "

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import socket
+import stat
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,14 +21,29 @@ def data_root() -> Path:
     """The folder of data sets: HPO_DATA, else the platform's cache folder for hpo."""
     if named := os.environ.get("HPO_DATA"):
         return Path(named).expanduser().absolute()
-    return Path(platformdirs.user_cache_dir("hpo")) / "data"
+    return _of_the_user() / "data"
 
 
 def cache_root() -> Path:
     """The folder of what can be made again: HPO_HOME/cache, else the platform's cache for hpo."""
     if named := os.environ.get("HPO_HOME"):
         return Path(named).expanduser().absolute() / "cache"
-    return Path(platformdirs.user_cache_dir("hpo")) / "pictures"
+    return _of_the_user() / "pictures"
+
+
+def _of_the_user() -> Path:
+    """The platform's cache folder; for users without a home, as in containers, one in /var/tmp."""
+    if os.path.expanduser("~") not in ("~", "/") or os.geteuid() == 0:
+        return Path(platformdirs.user_cache_dir("hpo"))
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(platformdirs.user_cache_dir("hpo"))
+    folder = Path(f"/var/tmp/hpo-{os.geteuid()}")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise DataError(f"{folder} is not ours: set HPO_HOME to a folder that can be written")
+    return folder / "cache"
 
 
 def cache_bytes() -> int:
