@@ -87,7 +87,7 @@ def run_study(given: tuple[int, str]) -> dict[str, Any]:
     database.open()
     ensure_tables(database)
 
-    def work(record: StudyRecord) -> StudySnapshot:
+    def work(record: StudyRecord, **_: object) -> StudySnapshot:
         Worker(database, record.name, device="cpu").run()
         return snapshot(database, record.study_id)
 

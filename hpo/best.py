@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hpo.candidates import Candidate, choose, pays_for_soup, plan_recheck
 from hpo.errors import NoTrialError
 from hpo.progress import params_text
 from hpo.recheck import RunWorkers, known_candidates, recheck, runs_of
-from hpo.retrain import Say, makes_a_soup, retrain
+from hpo.retrain import Retrainer, Say, makes_a_soup
 from hpo.rungs import STEPS_PER_EPOCH
 from hpo.spec import StudySpec
 from hpo.status import best_trial, describe, launch_command, num_epochs
@@ -17,9 +17,6 @@ from storage.database import Database
 from storage.snapshots import StudySnapshot, snapshot
 from storage.studies import StudyRecord, count_test_opening
 from trainer.config import Objective
-
-if TYPE_CHECKING:
-    from trainer.reports import ProgressReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +129,11 @@ def export_best(
     pays_soup = pays_for_soup(study, plan, winner, epochs=spec.epochs)
     if makes_a_soup(winner) and not pays_soup:
         notes.append("no soup was tried: it would cost over half of what the search did")
-    retrained = retrain(winner, data, spec, tries_soup=pays_soup, say=say)
-    last = retrained.reports[0]
+    retrainer = Retrainer(
+        database=database, record=record, spec=spec, run_workers=run_workers, say=say
+    )
+    retrained = retrainer.retrain(winner, data, tries_soup=pays_soup)
+    last = retrained.history[-1]
     num_openings = count_test_opening(database, record.study_id)
     if num_openings > 1:
         notes.append(
@@ -155,7 +155,7 @@ def export_best(
                 "retraining": retrained.config.seed,
                 "soup": list(retrained.seeds) if len(retrained.seeds) > 1 else None,
             },
-            "plan": last.state.plan.to_dict(),
+            "plan": retrained.plan.to_dict(),
             "test_openings": num_openings,
             "candidates": [candidate.to_json() for candidate in candidates],
             "averaging": retrained.averaging,
@@ -163,13 +163,14 @@ def export_best(
             "search": _search(study, spec),
         },
         formats=formats,
-        curves=_curves(database, record, winner, last, spec.objective),
+        curves=_curves(database, record, winner, retrained.history, spec.objective),
         metrics={
             "search": {f"val_{spec.objective}": winner.search_value},
             "recheck": {"mean": winner.mean, "std": winner.std, "values": list(winner.values)},
-            "retraining": {"epochs": last.epoch, "train_loss": last.train_loss},
+            "retraining": {"epochs": last["epoch"], "train_loss": last["train_loss"]},
         },
     )
+    retrainer.forget()
     tested = manifest["metrics"]["test"]
     return BestReport(
         study=record.name,
@@ -219,7 +220,7 @@ def _curves(
     database: Database,
     record: StudyRecord,
     winner: Candidate,
-    last: "ProgressReport",
+    history: Sequence[Mapping[str, Any]],
     objective: Objective,
 ) -> dict[str, list[tuple[float, float]]]:
     """By epoch: validation values of the winner's runs, and the retraining's loss."""
@@ -235,5 +236,5 @@ def _curves(
         ]
         for name, run in runs.items()
     }
-    losses = [(report["epoch"], report["train_loss"]) for report in last.state.history]
+    losses = [(report["epoch"], report["train_loss"]) for report in history]
     return {**curves, "retraining (training loss)": losses}

@@ -372,12 +372,24 @@ def best(
         str | None,
         typer.Option(metavar="A,B", help="Of the export.  [default: all that need no extra]"),
     ] = None,
+    workers: Annotated[
+        str, typer.Option(metavar="N|auto", help="That train again, as for launch.")
+    ] = "auto",
+    devices: Annotated[
+        str | None, typer.Option(metavar="cuda:0,...", help="As for launch.")
+    ] = None,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
     """The best trial; with --export re-checked, retrained on all but the test, tested, exported."""
     from hpo import best as choosing
+    from hpo.executors.local import worker_devices
+    from hpo.options import LaunchOptions
 
+    if export:
+        from trainer.device import available_devices
+
+        worker_devices(available_devices(), devices, workers)  # refused before anything is done
     database = _open(storage)
     record = _the_study(database, study)
     if export:
@@ -390,11 +402,13 @@ def best(
                 num_seeds=seeds,
                 formats=None if formats is None else tuple(formats.split(",")),
             ),
-            run_workers=lambda child: _watch(
+            run_workers=lambda child, alone=False: _watch(
                 database,
                 child,
+                LaunchOptions(workers="1" if alone else workers, devices=devices),
                 storage=storage,
                 command=f"hpo best --export --study {record.name}",
+                alone=alone,
             ).run(),
             say=lambda line: typer.echo(line, err=True),
         )
@@ -579,16 +593,28 @@ def _open(storage: str | None) -> Any:
 
 
 def _watch(
-    database: Any, record: Any, options: Any = None, *, storage: str | None, command: str
+    database: Any,
+    record: Any,
+    options: Any = None,
+    *,
+    storage: str | None,
+    command: str,
+    alone: bool = False,
 ) -> Any:
-    """What runs a study's workers, in view. command: what to type after an interruption."""
+    """What runs a study's workers, in view. command: what to type after an interruption. alone:
+    one worker, which has all cores."""
     from hpo import launch as launching
     from hpo.options import LaunchOptions
     from hpo.progress import ProgressView
     from hpo.watch import Watch
 
     executor = launching.make_executor(
-        record, options or LaunchOptions(), storage_url=storage, command_line=main, say=_say
+        record,
+        options or LaunchOptions(),
+        storage_url=storage,
+        command_line=main,
+        say=_say,
+        alone=alone,
     )
     num_epochs = int(record.spec["space"]["epochs"])
     return Watch(

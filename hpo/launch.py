@@ -171,8 +171,12 @@ def make_executor(
     storage_url: str | None,
     command_line: Callable[[list[str]], None],
     say: Say,
+    alone: bool = False,
 ) -> LocalExecutor:
-    """Where this study's workers run. Raises UsageError for devices that aren't there."""
+    """Where this study's workers run. Raises UsageError for devices that aren't there.
+
+    alone: a worker on a CPU has all cores, not one.
+    """
     devices = devices_of_workers(StudySpec.from_json(record.spec), options, say)
     if devices.count("cpu") > num_cores():
         logger.warning("%d workers on %d cores: slower than one a core", len(devices), num_cores())
@@ -182,6 +186,7 @@ def make_executor(
         devices=devices,
         storage_url=storage_url,
         command_line=command_line,
+        pins=not alone,
     )
 
 

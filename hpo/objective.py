@@ -57,6 +57,26 @@ class Outcome:
         return all(value <= 0 for value in self.constraints.values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Retraining:
+    """What makes a trial the retraining of another: its model is kept when it ends."""
+
+    whole: bool
+    """Whether it trains on train and validation together, and so has no validation values."""
+    end_step: int
+    """Where it ends: as far as the trial that is trained again has got."""
+
+    @classmethod
+    def of(cls, attributes: Mapping[str, Any]) -> "Retraining | None":
+        """What stands among a trial's user attributes; None for any other trial."""
+        found = attributes.get(RETRAINING)
+        return None if found is None else cls(**found)
+
+
+RETRAINING = "retraining"
+"""The user attribute that holds it."""
+
+
 class TrialRun:
     """One attempt at one trial, from its lease to its end."""
 
@@ -81,11 +101,16 @@ class TrialRun:
         self._study, self._spec, self._lease, self._data = study, spec, lease, data
         self._device, self._pulse, self._is_leaving = device, pulse, is_leaving
         self._saved_at = time.monotonic()
+        self._final: bytes | None = None
+        """The last state of a retraining, whose model is wanted."""
         with self._spent.on("database"):
             self._trial_id = study.bind(lease)
             trial = study.trial(self._trial_id)
         self.number = trial.number
         self._attributes: Mapping[str, Any] = trial.user_attrs
+        self._retraining = Retraining.of(self._attributes)
+        if self._has_no_validation:
+            self._data = data.with_validation_in_training()
         self._checkpoints: Checkpoints | None = study.checkpoints(
             lease, self._trial_id, trial_number=trial.number
         )
@@ -154,7 +179,9 @@ class TrialRun:
             self._report(past)  # one of them may be missing: checkpoints are written first
         decided = resume is not None and is_underway(resume)  # it was told to go on
         outcome = self._outcome(history[-1]) if history and not decided else None
-        if outcome is None and not history:
+        if outcome is not None:
+            self._final = resume
+        elif not history:
             outcome = self._too_large(config)
         if outcome is not None:
             return outcome
@@ -162,6 +189,8 @@ class TrialRun:
             plan = self._plan(config)
         with contextlib.closing(self._reports(config, plan, resume)) as reports:
             for report in self._spent.reports(reports, history):
+                if report.finished and self._retraining is not None:
+                    self._final = report.state.to_bytes()
                 with self._spent.on("checkpoints"):
                     self._save(report.step, report.state)
                 with self._spent.on("database"):
@@ -176,6 +205,7 @@ class TrialRun:
     ) -> Generator[ProgressReport | FoldsReport, None, None]:
         """The training: of one model, or of one for each of the study's folds."""
         averages, objective = self._attributes.get("try_averages", ()), self._spec.objective
+        end_step = None if self._retraining is None else self._retraining.end_step
         folds = folds_of(self._spec, self._data, plan.device)
         if not folds:
             return train(
@@ -185,6 +215,7 @@ class TrialRun:
                 resume=resume,
                 pulse=self._pulse,
                 keep=self._keep,
+                end_step=end_step,
                 try_averages=averages,
                 objective=objective,
             )
@@ -280,7 +311,7 @@ class TrialRun:
         )
 
     def _report(self, report: Mapping[str, Any]) -> None:
-        if report["averages"]:
+        if report["averages"] and not self._has_no_validation:
 
             def note() -> None:
                 trial = optuna.Trial(self._study.study, self._trial_id)
@@ -294,8 +325,14 @@ class TrialRun:
             images_per_second=float(report["images_per_second"]),
         )
 
+    @property
+    def _has_no_validation(self) -> bool:
+        return self._retraining is not None and self._retraining.whole
+
     def _value(self, report: Mapping[str, Any]) -> float:
-        """What Optuna is told of a report."""
+        """What Optuna is told of a report; without validation images, minus the training loss."""
+        if self._has_no_validation:
+            return -float(report["train_loss"])
         return float(report[f"val_{self._spec.objective}"])
 
     def _outcome(self, report: Mapping[str, Any]) -> Outcome | None:
@@ -328,6 +365,9 @@ class TrialRun:
                         trial.set_constraint(name, value)
 
             self._study.write(self._lease, constrain)
+        if self._retraining is not None and outcome.state == TrialState.COMPLETE:
+            assert self._final is not None
+            self._study.kept_states.write(self.number, self._lease.token, self._final)
         self._study.end(
             self._lease,
             outcome.state,

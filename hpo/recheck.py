@@ -5,8 +5,8 @@ each to its end, no rung stops them, and none of it counts in the search's statu
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from hpo.candidates import Candidate, RecheckPlan
 from hpo.errors import Interrupted
@@ -21,8 +21,12 @@ AVERAGES = ("ema", "tail")
 _SEED_STRIDE = 7_919
 _NO_TRIALS: tuple[TrialSnapshot, ...] = ()
 
-RunWorkers = Callable[[StudyRecord], StudySnapshot]
-"""Runs a study's workers until nothing is left for them; returns the study as it is then."""
+
+class RunWorkers(Protocol):
+    """Runs a study's workers until nothing is left for them; returns the study as it is then."""
+
+    def __call__(self, record: StudyRecord, /, *, alone: bool = False) -> StudySnapshot:
+        """alone: one worker, which has all cores of a CPU."""
 
 
 def fresh_seed(trial: TrialSnapshot, index: int) -> int:
@@ -76,7 +80,7 @@ def runs_of(database: Database, record: StudyRecord, candidate: Candidate) -> li
     runs = snapshot(database, child.study_id).trials
     return [
         run
-        for run in sorted(runs, key=lambda run: str(run.attributes.get(KEY)))
+        for run in sorted(runs, key=_place)
         if str(run.attributes.get(KEY)).startswith(prefix) and run.state == "COMPLETE"
     ]
 
@@ -109,6 +113,11 @@ def _point(trial: TrialSnapshot, index: int) -> Mapping[str, Any]:
         "try_averages": AVERAGES,
         "of_trial": trial.number,
     }
+
+
+def _place(run: TrialSnapshot) -> list[int]:
+    """Of a run among others: its key's numbers, which as text would have 10 before 2."""
+    return [int(part) for part in str(run.attributes.get(KEY)).split("/") if part.isdecimal()]
 
 
 def _ended(runs: Sequence[TrialSnapshot]) -> set[str]:

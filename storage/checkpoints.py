@@ -101,7 +101,7 @@ class TrialCheckpoints:
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir()
         for step, payload in inherited:
-            _write(half / f"{step:d}.ckpt", payload)
+            write_file(half / f"{step:d}.ckpt", payload)
         if not self._own.exists():
             half.rename(self._own)
         (self._trial / _STOPPED).unlink(missing_ok=True)
@@ -114,7 +114,7 @@ class TrialCheckpoints:
     def save(self, step: int, payload: bytes) -> None:
         """Keep the state at `step` and the one before it. Raises LeaseLost after a take-over."""
         try:
-            _write(self._own / f"{step:d}.ckpt", payload)
+            write_file(self._own / f"{step:d}.ckpt", payload)
         except FileNotFoundError as error:
             raise LeaseLost("the checkpoints were taken over") from error
         for _, path in list(_by_step(self._own))[KEPT:]:
@@ -154,7 +154,7 @@ class TrialCheckpoints:
             return []
         found = []
         for step, path in _by_step(self._trial / f"{max(tokens):d}"):
-            payload = _read(path)
+            payload = read_file(path)
             if payload is not None:
                 found.append((step, payload))
         return found[:KEPT]
@@ -174,7 +174,7 @@ def _by_step(folder: Path) -> Iterator[tuple[int, Path]]:
     yield from sorted(steps, reverse=True)
 
 
-def _write(path: Path, payload: bytes) -> None:
+def write_file(path: Path, payload: bytes) -> None:
     """All of it or nothing, also when the machine stops here."""
     partial = f".{path.name}.partial"
     folder = _open_folder(path.parent)
@@ -201,7 +201,7 @@ def _open_folder(path: Path) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
 
 
-def _read(path: Path) -> bytes | None:
+def read_file(path: Path) -> bytes | None:
     """The payload, or None if the file is not one that we wrote whole."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:

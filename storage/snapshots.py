@@ -31,6 +31,8 @@ class TrialSnapshot:
     attempts: int
     seconds: float
     images_per_second: float
+    token: int = 0
+    """Of its newest lease."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +118,7 @@ def _trial(row: Any) -> TrialSnapshot:
         attempts=row.attempts,
         seconds=row.seconds,
         images_per_second=row.images_per_second,
+        token=row.token,
     )
 
 
@@ -142,7 +145,7 @@ _TRIALS = text("""
             AND i.intermediate_value_type = 'FINITE') AS curve,
         NOT EXISTS (SELECT FROM trial_system_attributes c WHERE c.trial_id = t.trial_id
             AND c.key LIKE 'constraints:%' AND c.value_json::float > 0) AS is_feasible,
-        coalesce(l.attempts, 0) AS attempts,
+        coalesce(l.attempts, 0) AS attempts, coalesce(l.token, 0) AS token,
         coalesce(extract(epoch FROM
             coalesce(l.ended_at, l.reported_at) - l.claimed_at), 0)::float AS seconds,
         coalesce(l.images_per_second, 0)::float AS images_per_second

@@ -19,6 +19,7 @@ from storage import leases, points, results
 from storage.checkpoints import Checkpoints, TrialCheckpoints, checkpoint_root, checkpoint_url
 from storage.database import Database, Result
 from storage.errors import LeaseLost, StorageError, StudyNotFound
+from storage.kept_states import KeptStates
 from storage.leases import Fence, Lease
 from storage.object_checkpoints import ObjectCheckpoints
 from storage.object_store import ObjectStore
@@ -259,6 +260,11 @@ class OpenStudy:
         results.end(
             self._database, lease, state=state, value=value, reason=reason, attributes=attributes
         )
+
+    @property
+    def kept_states(self) -> KeptStates:
+        """Where trials whose models are wanted leave them. Raises StorageError."""
+        return KeptStates(self.record.checkpoint_key)
 
     def checkpoints(self, lease: Lease, trial_id: int, *, trial_number: int) -> Checkpoints:
         """Where this attempt keeps them: what HPO_CHECKPOINTS says. Raises StorageError."""

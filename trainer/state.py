@@ -201,7 +201,7 @@ class TrainState:
                 if self.underway.next_batch not in range(steps_per_epoch):
                     raise ValueError(f"an epoch has {steps_per_epoch} batches")
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the checkpoint doesn't fit: {_one_line(error)}") from error
+            raise CheckpointError(f"the checkpoint doesn't fit: {first_line(error)}") from error
 
 
 def read_history(content: bytes) -> list[dict[str, Any]]:
@@ -276,5 +276,5 @@ def read_checkpoint(
     return saved
 
 
-def _one_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]

@@ -79,8 +79,8 @@ def wrap_checkpoints(module: ModuleType) -> None:
     own = module.TrialCheckpoints
     around(own, "save", before=_before_save, after=_after_save)
     around(own, "take_over", before=_before_take_over, after=_after_take_over)
-    around(module, "_write", after=_after_write)
-    around(module, "_read", after=_after_read)
+    around(module, "write_file", after=_after_write)
+    around(module, "read_file", after=_after_read)
     around(shutil, "rmtree", before=_before_rmtree)
     around(os, "fsync", before=_before_fsync)
 

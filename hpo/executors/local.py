@@ -61,11 +61,14 @@ class LocalExecutor:
         devices: Sequence[str],
         storage_url: str | None,
         command_line: Callable[[list[str]], None],
+        pins: bool = True,
     ) -> None:
         """devices: one a worker, by torch's names, the same one as often as wanted.
 
         command_line: runs a command of ours in the process that calls it, and ends that process.
+        pins: whether a worker on a CPU has one core of its own.
         """
+        self._pins = pins
         self._study_name, self._devices = study_name, devices
         self._command_line = command_line
         self._logs = home() / "logs" / f"{study_key:d}"
@@ -127,6 +130,8 @@ class LocalExecutor:
         A core that no other launch uses, while there is one.
         """
         device = self._devices[index]
+        if device == "cpu" and not self._pins:
+            return None
         if index not in self._claims:
             if device != "cpu":
                 claim = claim_gpu(device_key(device))

@@ -93,7 +93,7 @@ def test_the_winner_is_rechecked_retrained_and_tested_once(
     assert before.candidates[0].mean is None
     ran: list[str] = []
 
-    def run_workers(child: StudyRecord) -> StudySnapshot:
+    def run_workers(child: StudyRecord, **_: object) -> StudySnapshot:
         ran.append(child.name)
         doing.append("re-check")
         return work(database, child)
@@ -108,7 +108,8 @@ def test_the_winner_is_rechecked_retrained_and_tested_once(
         run_workers=run_workers,
         say=say,
     )
-    assert ran == [f"{record.name}:recheck-{record.study_id}"]
+    kinds = ("recheck", "retrain")
+    assert ran == [f"{record.name}:{kind}-{record.study_id}" for kind in kinds]
     assert opened == ["opening the test split, exporting"]
     assert [len(candidate.values) for candidate in report.candidates] == [2, 2]
     assert report.winner.mean == max(c.mean for c in report.candidates if c.mean is not None)
@@ -131,7 +132,7 @@ def test_the_winner_is_rechecked_retrained_and_tested_once(
         run_workers=run_workers,
         say=say,
     )
-    assert len(ran) == 1
+    assert [name.partition(":")[2].partition("-")[0] for name in ran] == [*kinds, "retrain"]
     assert again.candidates == report.candidates
     assert again.test == report.test
     assert any("opened 2 times" in note for note in again.notes)
@@ -155,7 +156,7 @@ def test_a_recheck_that_was_stopped_says_so_and_goes_on(
     database, record = searched
     options = BestOptions(out=tmp_path / "out", top_k=1, num_seeds=3)
 
-    def stopped(child: StudyRecord) -> StudySnapshot:
+    def stopped(child: StudyRecord, **_: object) -> StudySnapshot:
         request_stop(database, record.study_id)
         return work(database, child)
 
@@ -163,7 +164,7 @@ def test_a_recheck_that_was_stopped_says_so_and_goes_on(
         export_best(database, record, options, run_workers=stopped, say=print)
     assert not (tmp_path / "out").exists()
     report = export_best(
-        database, record, options, run_workers=lambda child: work(database, child), say=print
+        database, record, options, run_workers=lambda child, **_: work(database, child), say=print
     )
     assert len(report.winner.values) == 3
 
@@ -171,12 +172,16 @@ def test_a_recheck_that_was_stopped_says_so_and_goes_on(
 def test_the_quick_way_trains_no_candidate_and_says_so(
     searched: tuple[Database, StudyRecord], tmp_path: Path
 ) -> None:
-    def nobody(_child: StudyRecord) -> StudySnapshot:
-        raise AssertionError("no worker is wanted")
-
     database, record = searched
+    ran: list[str] = []
+
+    def run_workers(child: StudyRecord, **_: object) -> StudySnapshot:
+        ran.append(child.name)
+        return work(database, child)
+
     options = BestOptions(out=tmp_path / "out", top_k=1, num_seeds=0)
-    report = export_best(database, record, options, run_workers=nobody, say=print)
+    report = export_best(database, record, options, run_workers=run_workers, say=print)
+    assert ran == [f"{record.name}:retrain-{record.study_id}"]
     assert report.winner.mean is None
     assert any("probably too high" in note for note in report.notes)
     assert "probably too high" in report.text()
@@ -233,6 +238,6 @@ def test_a_study_with_nothing_to_choose_from_is_said(database: Database, tmp_pat
             database,
             record,
             BestOptions(out=tmp_path / "out"),
-            run_workers=lambda child: work(database, child),
+            run_workers=lambda child, **_: work(database, child),
             say=print,
         )

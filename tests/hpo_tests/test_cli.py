@@ -26,7 +26,8 @@ _COMMANDS = {
     "stop": {"--study", "--storage"},
     "dashboard": {"--port", "--host", "--token-file", "--no-token", "--storage"},
     "best": {
-        "--study", "--export", "--out", "--top-k", "--seeds", "--formats", "--storage", "--json",
+        "--study", "--export", "--out", "--top-k", "--seeds", "--formats", "--workers", "--devices",
+        "--storage", "--json",
     },
     "pretrain": {
         "--out", "--data", "--backbone", "--method", "--epochs", "--batch-size", "--lr", "--seed",

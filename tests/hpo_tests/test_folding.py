@@ -236,7 +236,7 @@ def test_a_folded_study_is_replayed_and_rechecked_in_folds_and_its_winner_retrai
         database,
         record,
         BestOptions(out=tmp_path / "out", top_k=1, num_seeds=1, formats=("safetensors",)),
-        run_workers=lambda child: work(database, child),
+        run_workers=lambda child, **_: work(database, child),
         say=print,
     )
     child = find_study(database, f"{record.name}:recheck-{record.study_id}")

@@ -1,5 +1,8 @@
 """The last training of the winner: one model, or a soup of several from the same weights."""
 
+import dataclasses
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -7,19 +10,28 @@ import pytest
 import safetensors.torch
 import torch
 
-from hpo import retrain as retraining
+from hpo import retrain as retrainer_module
 from hpo.candidates import Candidate, RecheckPlan, pays_for_soup
-from hpo.retrain import makes_a_soup, retrain
+from hpo.errors import ExitCode, Interrupted
+from hpo.retrain import Retrainer, makes_a_soup
 from hpo.space import SearchSpace
 from hpo.spec import StudySpec
-from storage.snapshots import StudySnapshot, TrialSnapshot
+from hpo.worker import Worker
+from storage.checkpoints import checkpoint_root
+from storage.database import Database
+from storage.snapshots import StudySnapshot, TrialSnapshot, snapshot
+from storage.studies import StudyRecord, create_study, find_study
+from trainer import augment as augmenting
+from trainer import loop
 from trainer.config import TrainConfig
+from trainer.data import registry
 from trainer.data.dataset import ImageDataset
 from trainer.data.registry import load
 from trainer.device import DevicePlan
 from trainer.evaluate import evaluate
 from trainer.export.model import ExportModel
 from trainer.loop import train
+from trainer.weights import digest
 
 PLAN = DevicePlan(device="cpu", num_threads=1)
 
@@ -42,13 +54,48 @@ def weights(tmp_path_factory: pytest.TempPathFactory, digits: ImageDataset) -> P
     return path
 
 
-def spec(data: ImageDataset) -> StudySpec:
+def spec(data: ImageDataset, weights: Path | None = None) -> StudySpec:
     return StudySpec(
+        weights={} if weights is None else {str(weights): digest(weights)},
         data="digits",
         fingerprint=data.fingerprint,
         space=SearchSpace(fields={"backbone": "smallcnn", "epochs": 2}),
         seed=0,
         first_rung=4,
+    )
+
+
+def work(database: Database, record: StudyRecord) -> StudySnapshot:
+    """A worker's life, until nothing is left for it."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        assert Worker(database, record.name, device="cpu").run() is ExitCode.DONE
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return snapshot(database, record.study_id)
+
+
+@pytest.fixture
+def retrainer(
+    database: Database,
+    digits: ImageDataset,
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Retrainer:
+    """One whose workers run in this process; what it says is printed."""
+    monkeypatch.setenv("HPO_CHECKPOINTS", str(tmp_path / "checkpoints"))
+    monkeypatch.setitem(registry.SOURCES, "digits", lambda *_: digits)
+    of_study = spec(digits, weights)
+    record = create_study(database, "study", spec=of_study.to_json(), budget=1)
+    return Retrainer(
+        database=database,
+        record=record,
+        spec=of_study,
+        run_workers=lambda child, **_: work(database, child),
+        say=print,
     )
 
 
@@ -65,11 +112,10 @@ def candidate(num_values: int, **fields: Any) -> Candidate:
 
 
 def test_a_soup_is_tried_on_validation_and_kept_only_if_it_wins(
-    weights: Path, digits: ImageDataset
+    weights: Path, digits: ImageDataset, retrainer: Retrainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said: list[str] = []
     winner = candidate(3, weights=str(weights))
-    result = retrain(winner, digits, spec(digits), tries_soup=True, say=said.append)
+    result = retrainer.retrain(winner, digits, tries_soup=True)
     tasted = result.averaging["soup"]
     assert len(set(tasted["seeds"])) == len(tasted["values"]) == 3
     assert tasted["mean of its models"] == pytest.approx(sum(tasted["values"]) / 3)
@@ -77,22 +123,26 @@ def test_a_soup_is_tried_on_validation_and_kept_only_if_it_wins(
     assert (result.averaging["chosen"] == "soup") == wins
     assert len(result.seeds) == (3 if wins else 1)
     assert not set(result.seeds) & set(tasted["seeds"])
-    assert any(line.startswith("a soup of 3 models: ") for line in said)
+    assert "a soup of 3 models: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wins", [True, False])
 def test_a_soup_is_equal_parts_of_models_trained_on_train_and_validation(
-    wins: bool, weights: Path, digits: ImageDataset, monkeypatch: pytest.MonkeyPatch
+    wins: bool,
+    weights: Path,
+    digits: ImageDataset,
+    retrainer: Retrainer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def taste(*_: Any) -> dict[str, Any]:
         return {"value": 0.5 + 0.1 * wins, "mean of its models": 0.55, "seeds": [1, 2]}
 
-    monkeypatch.setattr(retraining, "_taste", taste)
+    monkeypatch.setattr(Retrainer, "_taste", taste)
     winner = candidate(2, weights=str(weights))
-    result = retrain(winner, digits, spec(digits), tries_soup=True, say=lambda _: None)
-    models = [report.state.result.state_dict() for report in result.reports]
+    result = retrainer.retrain(winner, digits, tries_soup=True)
     assert len(result.data.train) == 500
-    assert len(models) == len(set(result.seeds)) == (2 if wins else 1)
+    assert len(set(result.seeds)) == (2 if wins else 1)
+    models = [trained_here(winner, seed, digits) for seed in result.seeds]
     for name, tensor in result.model.state_dict().items():
         parts = torch.stack([model[name].double() for model in models])
         torch.testing.assert_close(tensor.double(), parts.mean(dim=0), rtol=1e-5, atol=1e-6)
@@ -104,17 +154,78 @@ def test_a_soup_is_equal_parts_of_models_trained_on_train_and_validation(
     )
 
 
+def trained_here(winner: Candidate, seed: int, data: ImageDataset) -> dict[str, torch.Tensor]:
+    """The weights that the winner's config comes to with this seed, without any worker."""
+    config = TrainConfig.from_dict({**winner.trial.attributes["config"], "seed": seed})
+    (*_, last) = train(config, data.with_validation_in_training(), PLAN)
+    return {name: tensor.clone() for name, tensor in last.state.result.state_dict().items()}
+
+
 def test_without_a_common_start_or_means_there_is_no_soup(
-    weights: Path, digits: ImageDataset
+    weights: Path, digits: ImageDataset, retrainer: Retrainer
 ) -> None:
     assert not makes_a_soup(candidate(3))
     assert not makes_a_soup(candidate(1, weights=str(weights)))
     assert makes_a_soup(candidate(2, weights=str(weights)))
     for winner, tries in ((candidate(3), True), (candidate(3, weights=str(weights)), False)):
-        result = retrain(winner, digits, spec(digits), tries_soup=tries, say=lambda _: None)
+        result = retrainer.retrain(winner, digits, tries_soup=tries)
         assert result.averaging["chosen"] == "none"
         assert "soup" not in result.averaging
         assert len(result.seeds) == 1
+
+
+def test_a_retraining_is_no_trial_of_the_study_and_its_state_goes_when_it_was_used(
+    digits: ImageDataset, retrainer: Retrainer
+) -> None:
+    first = retrainer.retrain(candidate(0), digits, tries_soup=False)
+    child = find_study(retrainer.database, f"study:retrain-{retrainer.record.study_id}")
+    assert child.parent_id == retrainer.record.study_id
+    (trial,) = snapshot(retrainer.database, child.study_id).trials
+    assert (trial.state, trial.steps) == ("COMPLETE", (1, 4, 8))
+    assert trial.value == pytest.approx(-first.history[-1]["train_loss"])
+    assert snapshot(retrainer.database, retrainer.record.study_id).trials == ()
+    again = retrainer.retrain(candidate(0), digits, tries_soup=False)  # reads what is there
+    assert len(snapshot(retrainer.database, child.study_id).trials) == 1
+    retrainer.forget()
+    assert [path for path in checkpoint_root().rglob("*") if path.is_file()] == []
+    anew = retrainer.retrain(candidate(0), digits, tries_soup=False)
+    assert len(snapshot(retrainer.database, child.study_id).trials) == 2
+    for other in (again, anew):
+        for name, tensor in first.model.state_dict().items():
+            assert torch.equal(tensor, other.model.state_dict()[name])
+
+
+def test_a_retraining_that_was_interrupted_goes_on_where_it_was(
+    digits: ImageDataset, retrainer: Retrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = retrainer.retrain(candidate(0), digits, tries_soup=False)
+    retrainer.forget()
+    batches = {"seen": 0}
+    augment = augmenting.augment
+
+    def counted(*args: Any) -> Any:
+        batches["seen"] += 1
+        if batches["seen"] == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return augment(*args)
+
+    monkeypatch.setattr(loop, "augment", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(retrainer_module, "num_cores", lambda: 1)
+
+        def leaves(child: StudyRecord, **_: Any) -> StudySnapshot:
+            before = signal.getsignal(signal.SIGTERM)
+            Worker(retrainer.database, child.name, device="cpu").run()
+            signal.signal(signal.SIGTERM, before)
+            return snapshot(retrainer.database, child.study_id)
+
+        stopped = dataclasses.replace(retrainer, run_workers=leaves)
+        with pytest.raises(Interrupted, match="the same command goes on with it"):
+            stopped.retrain(candidate(0), digits, tries_soup=False)
+    result = retrainer.retrain(candidate(0), digits, tries_soup=False)
+    assert batches["seen"] == 32  # 16 batches an epoch, two epochs, and none of them twice
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, result.model.state_dict()[name])
 
 
 @pytest.mark.parametrize(("searched", "pays"), [(17, False), (18, True)])
@@ -133,14 +244,18 @@ def test_a_soup_counts_in_the_half_of_the_search_that_a_re_check_may_cost(
 
 @pytest.mark.parametrize("average", ["ema", "tail"])
 def test_a_retraining_as_short_as_the_trial_hands_over_the_average_that_was_chosen(
-    digits: ImageDataset, average: str
+    digits: ImageDataset, average: str, retrainer: Retrainer
 ) -> None:
     stopped = candidate(2, epochs=8, patience=1)  # the trial's last report is at step 8 of 32
     winner = Candidate(trial=stopped.trial, values=(0.9, 0.8), averages={average: (0.95, 0.9)})
-    result = retrain(winner, digits, spec(digits), tries_soup=False, say=lambda _: None)
-    (last,) = result.reports
+    result = retrainer.retrain(winner, digits, tries_soup=False)
+    last = result.history[-1]
     assert result.averaging["chosen"] == average
-    assert last.step == 8
-    assert last.finished
-    assert last.state.averaging == average
-    assert result.model is last.state.averages.models()[average]
+    assert (last["step"], last["finished"]) == (8, True)
+    config = TrainConfig.from_dict(
+        {**stopped.trial.attributes["config"], "seed": result.seeds[0], "average": average}
+    )
+    (*_, report) = train(config, digits.with_validation_in_training(), PLAN, end_step=8)
+    expected = report.state.averages.models()[average].state_dict()
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(tensor, expected[name])
