@@ -51,7 +51,7 @@ class BestReport:
             "export": self.export,
         }
 
-    def text(self) -> str:
+    def lines(self) -> list[str]:
         """For people."""
         trial = self.winner.trial
         lines = [f"{self.study}: best is trial {trial.number} ({params_text(trial)})"]
@@ -69,7 +69,7 @@ class BestReport:
                 for entry in self.export["formats"].values()
             ]
             lines += [f"  no {name}: {why}" for name, why in self.export["refused"].items()]
-        return "\n".join([*lines, *self.notes])
+        return [*lines, *self.notes]
 
 
 def known_best(

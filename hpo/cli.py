@@ -20,6 +20,7 @@ import typer
 from hpo.arguments import Earlier, Modules, Pruner, Sampler, Settings, Tries
 from hpo.errors import ExitCode, UsageError, exit_code
 from hpo.imports import import_all
+from hpo.terminal import LineFormatter, guard_output, say, say_lines
 
 app = typer.Typer(
     add_completion=False,
@@ -45,7 +46,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         import importlib.metadata
 
-        typer.echo(f"hpo {importlib.metadata.version('hpo-vision')}")
+        say(f"hpo {importlib.metadata.version('hpo-vision')}")
         raise typer.Exit
 
 
@@ -206,15 +207,15 @@ def launch(
     watch = _watch(database, record, options, storage=storage, command=launch_command(record.name))
     if detach:
         log = launching.detach(record, options, storage_url=storage)
-        typer.echo(f"{record.name} runs in the background, log: {log}", err=True)
+        say(f"{record.name} runs in the background, log: {log}", err=True)
         return
     ended = watch.run()
     if as_json:
         _print_json(status_json(record.name, ended))
         return
-    typer.echo(watch.view.line(ended))
+    say(watch.view.line(ended))
     if ended.num_finished < ended.budget:
-        typer.echo(f"stopped: {how_to_go_on(ended, launch_command(record.name))}")
+        say(f"stopped: {how_to_go_on(ended, launch_command(record.name))}")
 
 
 @app.command()
@@ -272,9 +273,9 @@ def status(
     if as_json:
         _print_json(status_json(record.name, now))
         return
-    typer.echo(view.line(now))
+    say(view.line(now))
     for line in sick_lines(now):
-        typer.echo(line)
+        say(line)
 
 
 @app.command()
@@ -292,9 +293,7 @@ def trials(study: Study = None, storage: Storage = None, as_json: AsJson = False
     for trial in now.trials:
         value = "-" if trial.value is None else f"{trial.value:.4f}"
         reason = trial.attributes.get("reason", "")
-        typer.echo(
-            f"{trial.number:4d} {trial.state:8s} {value:>6s}  {params_text(trial)}  {reason}"
-        )
+        say(f"{trial.number:4d} {trial.state:8s} {value:>6s}  {params_text(trial)}  {reason}")
 
 
 @app.command()
@@ -315,7 +314,7 @@ def studies(storage: Storage = None, as_json: AsJson = False) -> None:
     for row in found:
         best = "-" if row["best"] is None else f"{row['best']['value']:.4f}"
         finished = row["complete"] + row["pruned"]
-        typer.echo(f"{row['study']}: {finished}/{row['budget']} trials, best {best}")
+        say(f"{row['study']}: {finished}/{row['budget']} trials, best {best}")
 
 
 @app.command()
@@ -330,7 +329,7 @@ def stop(study: Study = None, storage: Storage = None) -> None:
     request_stop(database, record.study_id)
     now = snapshot(database, record.study_id)
     go_on = how_to_go_on(now, launch_command(record.name))
-    typer.echo(f"its workers leave within moments: {go_on}")
+    say(f"its workers leave within moments: {go_on}")
 
 
 @app.command()
@@ -355,7 +354,7 @@ def dashboard(
         port=port,
         token_file=token_file,
         no_token=no_token,
-        ready=lambda link: typer.echo(f"dashboard: {link}"),
+        ready=lambda link: say(f"dashboard: {link}"),
     )
 
 
@@ -410,14 +409,14 @@ def best(
                 command=f"hpo best --export --study {record.name}",
                 alone=alone,
             ).run(),
-            say=lambda line: typer.echo(line, err=True),
+            say=_tell,
         )
     else:
         report = choosing.known_best(database, record, top_k=top_k, num_seeds=seeds)
     if as_json:
         _print_json(report.to_json())
     else:
-        typer.echo(report.text())
+        say_lines(report.lines())
 
 
 @app.command()
@@ -433,13 +432,11 @@ def replay(
 
     database = _open(storage)
     record = _the_study(database, study)
-    replayed = replay_trial(
-        database, record, trial, epochs=epochs, say=lambda line: typer.echo(line, err=True)
-    )
+    replayed = replay_trial(database, record, trial, epochs=epochs, say=_tell)
     if as_json:
         _print_json(replayed.to_json())
     else:
-        typer.echo(replayed.text())
+        say_lines(replayed.lines())
     raise typer.Exit(ExitCode.DONE if replayed.is_same else ExitCode.UNEXPECTED)
 
 
@@ -489,7 +486,7 @@ def doctor(
         for finding in examine(lambda: _opened(storage), options, progress):
             found.append(finding)
             if not as_json:
-                typer.echo(f"{finding.level:8s} {finding.about}: {finding.text}")
+                say(f"{finding.level:8s} {finding.about}: {finding.text}")
     if as_json:
         _print_json([finding.to_json() for finding in found])
     raise typer.Exit(next((f.code for f in found if f.level == "problem"), ExitCode.DONE))
@@ -525,11 +522,11 @@ def pretrain(
         data=data, out=out, data_options=DataOptions(**sized), fields=fields, device=device
     )
     with reading_bar(sys.stderr) as progress:
-        manifest = pretrain_to_folder(options, lambda line: typer.echo(line, err=True), progress)
+        manifest = pretrain_to_folder(options, _tell, progress)
     if as_json:
         _print_json(manifest)
     else:
-        typer.echo(f"{out}: start from it with hpo launch --weights {out}")
+        say(f"{out}: start from it with hpo launch --weights {out}")
 
 
 @app.command()
@@ -542,7 +539,7 @@ def space(as_json: AsJson = False) -> None:
         _print_json([field.to_json() for field in found])
         return
     for field in found:
-        typer.echo(field.lines())
+        say_lines(field.lines())
 
 
 @app.command()
@@ -560,16 +557,14 @@ def predict(
     """Classify pictures with an export alone."""
     from hpo.predict import predict as classify
 
-    found = classify(
-        export_dir, images, file_format=file_format, say=lambda line: typer.echo(line, err=True)
-    )
+    found = classify(export_dir, images, file_format=file_format, say=_tell)
     if as_json:
         _print_json(
             [{"file": p.file, "class": p.class_, "probability": p.probability} for p in found]
         )
         return
     for prediction in found:
-        typer.echo(f"{prediction.file}: {prediction.class_} ({prediction.probability:.3f})")
+        say(f"{prediction.file}: {prediction.class_} ({prediction.probability:.3f})")
 
 
 def _database(storage: str | None) -> Any:
@@ -613,7 +608,7 @@ def _watch(
         options or LaunchOptions(),
         storage_url=storage,
         command_line=main,
-        say=_say,
+        say=_tell,
         alone=alone,
     )
     num_epochs = int(record.spec["space"]["epochs"])
@@ -641,12 +636,14 @@ def _the_study(database: Any, name: str | None) -> Any:
     raise UsageError(f"no study {name[:80]!r} here: there is {names}")
 
 
-def _say(words: str) -> None:
-    typer.echo(words, err=True)
+def _tell(words: str) -> None:
+    """A line of progress."""
+    say(words, err=True)
 
 
 def _print_json(document: Any) -> None:
-    typer.echo(json.dumps(document, indent=1, allow_nan=False))
+    # all but ASCII is escaped, as JSON has it
+    say_lines(json.dumps(document, indent=1, allow_nan=False).split("\n"))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -654,8 +651,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     arguments: of the process, unless given.
     """
+    guard_output()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         app(arguments)
     except KeyboardInterrupt:
@@ -664,7 +664,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = exit_code(error)
         if code is None:
             raise
-        typer.echo(f"hpo: {' '.join(str(error).split())}", err=True)
+        say(f"hpo: {str(error).strip()}", err=True)
         sys.exit(code)
 
 

@@ -97,9 +97,8 @@ def _guarded(about: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Find
         code = exit_code(error)
         if code is None:
             raise
-        said = " ".join(str(error).split())
         kind = "data" if isinstance(error, DataError) else about
-        yield Finding(about=kind, level="problem", text=said, code=code)
+        yield Finding(about=kind, level="problem", text=str(error).strip(), code=code)
 
 
 def _database(open_database: Callable[[], Database]) -> Iterator[Finding]:

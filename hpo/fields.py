@@ -34,13 +34,13 @@ class FieldDescription:
         """As `hpo space --json` prints it."""
         return dataclasses.asdict(self)
 
-    def lines(self) -> str:
+    def lines(self) -> list[str]:
         """For people."""
         searched = ", searched unless told otherwise" if self.searched else ""
         default = str(self.default).lower() if isinstance(self.default, bool) else self.default
         default = "none" if default == {} else default
         head = f"{self.name}: {self.kind}, default {default}{searched}"
-        return f"{head}\n{textwrap.indent(textwrap.fill(self.text, 96), '    ')}"
+        return [head, *(f"    {line}" for line in textwrap.wrap(self.text, 96))]
 
 
 def describe_fields() -> list[FieldDescription]:

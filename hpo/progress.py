@@ -1,24 +1,43 @@
 """The live view of a study: a table on a terminal, a line every few seconds elsewhere."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TextIO
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from hpo.rungs import STEPS_PER_EPOCH
 from hpo.status import best_trial, tried
+from hpo.terminal import escaped, unguarded
 from storage.snapshots import StudySnapshot, TrialSnapshot
 from trainer.data.options import Progress
 
 LINE_SECONDS = 5.0
+
+
+class PlainConsole(Console):
+    """rich's console, which moves the cursor and colours itself, but lets no words do so."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(file=unguarded(stream), markup=False, emoji=False, highlight=False)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """All that this console shows passes here. Its own controls are segments without words."""
+        for segment in super().render(renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(escaped(segment.text, keep="\n"), segment.style)
 
 
 class ProgressView:
@@ -26,7 +45,7 @@ class ProgressView:
 
     def __init__(self, name: str, *, num_epochs: int, stream: TextIO) -> None:
         self._name, self._num_epochs = name, num_epochs
-        self._console = Console(file=stream)
+        self._console = PlainConsole(stream)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
         self._started = time.monotonic()
         self._finished_at_start: int | None = None
@@ -50,11 +69,11 @@ class ProgressView:
         if self._finished_at_start is None:
             self._finished_at_start = study.num_finished
         if self._console.is_terminal:
-            self._live.update(Group(Text(self.line(study)), self._running(study)), refresh=True)
+            self._live.update(Group(_words(self.line(study)), self._running(study)), refresh=True)
         elif time.monotonic() - self._last_line >= LINE_SECONDS:
             text = self.line(study)
             if text != self._last_text:
-                self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+                self._console.print(_words(text), soft_wrap=True)
             self._last_line, self._last_text = time.monotonic(), text
 
     def line(self, study: StudySnapshot) -> str:
@@ -91,12 +110,12 @@ class ProgressView:
             trial = trials.get(worker.trial) if worker.trial is not None else None
             epoch = (worker.step or 0) / STEPS_PER_EPOCH
             table.add_row(
-                Text(f"{worker.id} {worker.device}"),
+                _words(f"{worker.id} {worker.device}"),
                 "idle" if trial is None else str(trial.number),
                 "" if trial is None else f"{epoch:g}/{self._num_epochs}",
                 "" if trial is None or not trial.values else f"{trial.values[-1]:.4f}",
                 f"{worker.images_per_second:,.0f}" if worker.images_per_second else "",
-                Text("" if trial is None else params_text(trial)),
+                _words("" if trial is None else params_text(trial)),
             )
         return table
 
@@ -107,8 +126,9 @@ def reading_bar(stream: TextIO) -> Iterator[Progress]:
 
     Nothing is shown of what takes no time.
     """
-    console = Console(file=stream)
-    columns = (TextColumn("reading {task.description}"), BarColumn(), MofNCompleteColumn())
+    console = PlainConsole(stream)
+    words = TextColumn("reading {task.description}", markup=False)
+    columns = (words, BarColumn(), MofNCompleteColumn())
     bar = Bar(*columns, TimeRemainingColumn(), console=console, transient=True)
     tasks: dict[str, TaskID] = {}
     last_line: float | None = None
@@ -118,13 +138,13 @@ def reading_bar(stream: TextIO) -> Iterator[Progress]:
         if console.is_terminal:
             if what not in tasks:
                 bar.start()
-                tasks[what] = bar.add_task(what)
+                tasks[what] = bar.add_task(escaped(what))
             bar.update(tasks[what], completed=num_done, total=num_all)
         elif last_line is None:
             last_line = time.monotonic()
         elif time.monotonic() - last_line >= LINE_SECONDS:
             last_line = time.monotonic()
-            console.print(f"reading {what}: {num_done:,} of {num_all:,}", highlight=False)
+            console.print(_words(f"reading {what}: {num_done:,} of {num_all:,}"), soft_wrap=True)
 
     try:
         yield tell
@@ -146,6 +166,11 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _words(words: str) -> Text:
+    """One line, as wide as it will be shown."""
+    return Text(escaped(words))
 
 
 def _value(trial: TrialSnapshot | None) -> str:

@@ -47,7 +47,7 @@ class Replay:
             "same": self.is_same,
         }
 
-    def text(self) -> str:
+    def lines(self) -> list[str]:
         """For people."""
         lines = [
             f"epoch {step / STEPS_PER_EPOCH:g}: {then:.6f} then, {now:.6f} now"
@@ -55,7 +55,7 @@ class Replay:
         ]
         how = "bit for bit" if self.device == "cpu" else f"within {_NEAR:g}"
         verdict = f"the same, {how}" if self.is_same else f"not the same ({how} was expected)"
-        return "\n".join([*lines, f"trial {self.trial} of {self.study}: {verdict}"])
+        return [*lines, f"trial {self.trial} of {self.study}: {verdict}"]
 
 
 def replay_trial(

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from hpo.predict import predict
+from tests.parts import Hpo
 from trainer.config import ConfigError, DataError, TrainConfig
 from trainer.data.dataset import ImageDataset, Split
 from trainer.data.pictures import read_picture
@@ -287,3 +288,55 @@ def test_a_folder_without_our_manifest_is_no_export(
     with pytest.raises(ConfigError, match=r"is no (export|manifest)") as refusal:
         predict(tmp_path, pictures[:1])
     assert len(str(refusal.value).splitlines()) == 1
+
+
+EVIL = "\x1b[2J\x9b1A\r\n\u2028\u202e"
+WRITTEN = r"\x1b[2J\x9b1A\r\n\u2028\u202e"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii", None])
+def test_names_of_strangers_are_printed_and_not_obeyed(
+    export_dir: Path, pictures: list[Path], tmp_path: Path, encoding: str | None
+) -> None:
+    """encoding: of the output; None: as in the locale C, with Python's own way around it off."""
+    export = changed(export_dir, tmp_path, class_names=[f"{EVIL}{n}猫" for n in range(3)])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    latin = folder / os.fsdecode(b"caf\xe9.png")
+    shutil.copy(pictures[0], latin)
+    shutil.copy(pictures[1], folder / f"x{EVIL}.png")
+    (folder / f"y{EVIL}.txt").write_text("no picture")
+    variables = {"PYTHONIOENCODING": encoding} if encoding else {
+        "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""
+    }  # fmt: skip
+    program = Hpo(tmp_path, variables)
+    done = program.run("predict", str(export), str(folder))
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith(f"{folder}/caf\\xe9.png: {WRITTEN}")
+    # in the locale C all beyond ASCII in a file's name is bytes
+    in_name = WRITTEN if encoding else r"\x1b[2J\xc2\x9b1A\r\n\xe2\x80\xa8\xe2\x80\xae"
+    assert second.startswith(f"{folder}/x{in_name}.png: {WRITTEN}")
+    (passed_over,) = done.stderr.splitlines()
+    assert passed_over.startswith("passed over: ")
+    assert r"/y\x1b[2J" in passed_over
+    assert (done.stdout + done.stderr).replace("\n", "").isprintable()
+    as_json = json.loads(program.run("predict", str(export), str(folder), "--json").stdout)
+    assert [os.fsencode(row["file"]) for row in as_json] == [
+        os.fsencode(path) for path in (latin, folder / f"x{EVIL}.png")
+    ]
+    assert all(row["class"].startswith(EVIL) for row in as_json)
+
+
+@pytest.mark.parametrize("what", ["export", "picture"])
+def test_a_name_in_an_error_leaves_it_one_line(
+    export_dir: Path, pictures: list[Path], tmp_path: Path, what: str
+) -> None:
+    evil = tmp_path / f"none{EVIL}"
+    given = (evil, pictures[0]) if what == "export" else (export_dir, evil)
+    done = Hpo(tmp_path).run("predict", *map(str, given))
+    assert done.returncode == (2 if what == "export" else 5)
+    assert done.stderr.startswith("hpo: ")
+    assert done.stderr.count("\n") == 1
+    assert rf"none{WRITTEN}" in done.stderr
+    assert done.stderr.rstrip("\n").isprintable()
