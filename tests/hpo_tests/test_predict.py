@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -340,3 +341,57 @@ def test_a_name_in_an_error_leaves_it_one_line(
     assert done.stderr.count("\n") == 1
     assert rf"none{WRITTEN}" in done.stderr
     assert done.stderr.rstrip("\n").isprintable()
+
+
+def external(folder: Path, location: str) -> None:
+    """Makes the folder's model take its weights from a file of this name."""
+    path = folder / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    weights = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    (folder / "own.bin").write_bytes(weights.raw_data)
+    given = {"location": location, "offset": "0", "length": str(len(weights.raw_data))}
+    weights.ClearField("raw_data")
+    weights.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in given.items():
+        entry = weights.external_data.add()
+        entry.key, entry.value = key, value
+    path.write_bytes(model.SerializeToString())
+
+
+def test_weights_beside_the_model_are_read(
+    export_dir: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    copy = changed(export_dir, tmp_path)
+    external(copy, "own.bin")
+    assert predict(copy, pictures[:5]) == predict(export_dir, pictures[:5])
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "../outside.bin",
+        "below/../../outside.bin",
+        "{outside}",
+        "link.bin",
+        "linked/outside.bin",
+        "fifo",
+        "/dev/zero",
+        "/proc/self/environ",
+        "*/_ORT_MEM_ADDR_/*",
+    ],
+)
+def test_weights_from_outside_of_the_export_are_refused(
+    export_dir: Path, pictures: list[Path], tmp_path: Path, location: str
+) -> None:
+    """A stranger's export can't have a model made of one's own files."""
+    copy = changed(export_dir, tmp_path)
+    outside = tmp_path / "outside.bin"
+    external(copy, location.format(outside=outside))
+    shutil.copy(copy / "own.bin", outside)
+    (copy / "below").mkdir()
+    (copy / "link.bin").symlink_to(outside)
+    (copy / "linked").symlink_to(tmp_path, target_is_directory=True)
+    os.mkfifo(copy / "fifo")
+    with pytest.raises(ConfigError, match="is no ONNX model of ours") as refusal:
+        predict(copy, pictures[:1])
+    assert len(str(refusal.value).splitlines()) == 1
