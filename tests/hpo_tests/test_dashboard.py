@@ -149,6 +149,74 @@ def test_the_browser_shows_the_study_its_trials_and_their_curves(clothes_url: st
 
 
 @pytest.mark.usefixtures("clothes")
+def test_the_browser_writes_a_note_and_nothing_of_a_trial(clothes_url: str) -> None:
+    with serving(clothes_url, "127.0.0.1") as link, chromium_page() as page:
+        said: list[str] = []
+        page.on("console", lambda message: said.append(message.text))
+        page.goto(link)
+        page.get_by_text("clothes").first.wait_for()
+        here = link.partition("?")[0]
+        page.goto(f"{here}dashboard/studies/1/note")
+        page.get_by_text("Note").nth(1).wait_for()
+        page.locator("main button, button").last.click()
+        page.locator("textarea").first.fill("Sunday's run")
+        with page.expect_response("**/api/studies/1/note") as note:
+            page.get_by_role("button", name="Save").click()
+        assert note.value.status == 204
+        page.reload()
+        page.get_by_text("Sunday's run").wait_for()
+        # as the page's own script would ask, with all headers of a browser
+        told = page.evaluate(
+            """async () => {
+                const answer = await fetch("/api/trials/1/tell", {
+                    method: "POST",
+                    headers: {"Content-Type": "application/json"},
+                    body: JSON.stringify({state: "Fail"}),
+                });
+                return [answer.status, (await answer.json()).reason];
+            }"""
+        )
+        assert told[0] == 403
+        assert "changed by hpo's commands" in told[1]
+        # the policies that all answers bear let the pages do what they do
+        assert not [line for line in said if "Content Security Policy" in line]
+
+
+@pytest.mark.usefixtures("clothes")
+def test_a_page_of_another_site_gets_nothing_from_the_browser_that_is_in(clothes_url: str) -> None:
+    with (
+        serving(clothes_url, "127.0.0.1") as link,
+        serving(clothes_url, "127.0.0.1") as other,
+        chromium_page() as page,
+    ):
+        page.goto(link)
+        page.get_by_text("clothes").first.wait_for()
+        # another port of this machine is the same site, so cookies of SameSite=Strict are sent
+        page.goto(other)
+        page.get_by_text("clothes").first.wait_for()
+        here = link.partition("?")[0]
+        asked = page.evaluate(
+            """async (here) => {
+                const kinds = [];
+                for (const method of ["GET", "PUT", "DELETE", "POST"]) {
+                    try {
+                        const answer = await fetch(`${here}api/studies/1`, {
+                            method, mode: method == "POST" ? "no-cors" : "cors",
+                            credentials: "include", body: method == "GET" ? undefined : "{}",
+                        });
+                        kinds.push(answer.type);
+                    } catch { kinds.push("refused"); }
+                }
+                return kinds;
+            }""",
+            here,
+        )
+        assert asked == ["refused"] * 4
+        page.goto(f"{here}dashboard/studies/1")
+        page.locator("#graph-intermediate-values .scatterlayer .trace").first.wait_for()
+
+
+@pytest.mark.usefixtures("clothes")
 def test_the_browser_comes_in_by_the_link_with_the_token(clothes_url: str, tmp_path: Path) -> None:
     token_file = tmp_path / "token"
     token_file.touch(mode=0o600)

@@ -104,6 +104,10 @@ def test_every_answer_forbids_sniffing_and_framing(
             headers = ask(app, path, host=host).headers
             assert headers["X-Content-Type-Options"] == "nosniff"
             assert headers["X-Frame-Options"] == "DENY"
+            assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
+            assert headers["Cross-Origin-Opener-Policy"] == "same-origin"
+            for words in ("frame-ancestors 'none'", "base-uri 'none'", "object-src 'none'"):
+                assert words in headers["Content-Security-Policy"]
 
 
 def test_artifacts_come_as_attachments(clothes: optuna.storages.RDBStorage) -> None:
@@ -251,3 +255,9 @@ def test_a_client_is_an_address_or_a_network_of_ipv6(one: str, other: str, are_o
 def test_a_link_of_many_fields_is_no_link(clothes: optuna.storages.RDBStorage) -> None:
     for query in ("&".join(["token=x"] * 20_000), "token", "=", "%", "token=%ff%fe%00"):
         assert ask(locked_app(clothes), f"/?{query}").status == 401
+
+
+def test_the_app_s_own_policy_for_scripts_stays(clothes: optuna.storages.RDBStorage) -> None:
+    policies = ask(open_app(clothes), "/dashboard").headers["Content-Security-Policy"]
+    assert "script-src 'self' 'unsafe-eval'" in policies
+    assert "frame-ancestors 'none'" in policies
