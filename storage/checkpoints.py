@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from storage.errors import LeaseLost, StorageError
+from storage.folders import make_folder
 from storage.home import home
 
 _MAGIC = b"hpo checkpoint 1\n"
@@ -91,7 +92,7 @@ class TrialCheckpoints:
 
         Raises LeaseLost if a later attempt has been here already.
         """
-        self._trial.mkdir(parents=True, exist_ok=True)
+        make_folder(self._trial)
         for folder in (self._trial.parent, self._trial):
             os.close(_open_folder(folder))
         if any(token > self._token for token in self._tokens()):
@@ -99,7 +100,7 @@ class TrialCheckpoints:
         inherited = self._valid_files()
         half = self._trial / f".{self._token:d}"
         shutil.rmtree(half, ignore_errors=True)
-        half.mkdir()
+        make_folder(half)
         for step, payload in inherited:
             write_file(half / f"{step:d}.ckpt", payload)
         if not self._own.exists():

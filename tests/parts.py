@@ -16,6 +16,7 @@ import sqlalchemy
 from storage.database import Database
 from storage.embedded import EmbeddedPostgres
 from storage.embedded_programs import ServerUser, programs, system_user
+from storage.nameless import with_a_name
 from storage.studies import StudyRecord, create_study
 
 PASSWORD = "s3cret{}%40-" + secrets.token_hex(4)
@@ -94,15 +95,19 @@ class TcpPostgres:
         return ServerUser(uid=os.geteuid(), gid=os.getegid())
 
     def _run(self, program: str, *args: str) -> None:
-        subprocess.run(
-            [str(programs(self._user) / program), *args, "-D", "/proc/self/cwd"],
-            check=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            # the folders above may be closed to that user
-            cwd=self.folder / "data",
-            **self._user.demotion,
-        )
+        user = self._user
+        with with_a_name(user.uid, user.gid) as (variables, descriptors):
+            subprocess.run(
+                [str(programs(user) / program), *args, "-D", "/proc/self/cwd"],
+                check=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, **variables},
+                pass_fds=descriptors,
+                # the folders above may be closed to that user
+                cwd=self.folder / "data",
+                **user.demotion,
+            )
 
 
 def free_port() -> int:

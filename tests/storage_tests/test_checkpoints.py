@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,15 @@ def test_the_next_attempt_gets_the_newest_one(tmp_path: Path) -> None:
     for step in (1, 4, 8, 12):
         first.save(step, b"at %d" % step)
     assert attempt(tmp_path, 2).take_over() == b"at 12"
+
+
+def test_below_another_users_folder_that_user_can_go_on(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        os.chown(tmp_path, 54_321, 54_321)
+    begun(tmp_path, 1).save(1, b"at 1")
+    folders = [path for path in tmp_path.rglob("*") if path.is_dir()]
+    assert len(folders) == 3
+    assert {path.stat().st_uid for path in folders} == {tmp_path.stat().st_uid}
 
 
 def test_two_are_kept_of_many(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_a_call_is_tried_again_after_a_restart(tcp_postgres: TcpPostgres) -> Non
 
 
 def test_whoever_waits_for_the_database_is_heard_of_each_second() -> None:
-    database = Database(f"postgresql://127.0.0.1:{free_port()}/x")
+    database = Database(f"postgresql://me@127.0.0.1:{free_port()}/x")
     database.patience_seconds = 7.0  # the pauses between tries have grown to seconds by then
     heard = [time.monotonic()]
     database.while_waiting = lambda: heard.append(time.monotonic())

@@ -129,6 +129,16 @@ def test_nobody_else_can_open_the_cache_and_hold_a_lock_there(cache: Path) -> No
     assert cache.stat().st_mode & 0o7777 == 0o700
 
 
+def test_what_root_makes_below_another_users_home_is_that_users(cache: Path) -> None:
+    cache.parent.mkdir()
+    if os.geteuid() == 0:
+        os.chown(cache.parent, 54_321, 54_321)
+    held("images-a", Builder(10)).let_go()
+    kept_folder("index-a")
+    made = [cache, cache / "images-a", cache / "index-a"]
+    assert {path.stat().st_uid for path in made} == {cache.parent.stat().st_uid}
+
+
 def test_whoever_waits_for_a_folder_is_told_on_whom(
     cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

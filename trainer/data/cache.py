@@ -67,7 +67,7 @@ def held_folder(name: str, build: Callable[[Path], None], *, num_bytes: int) -> 
 def kept_folder(name: str) -> Path:
     """The folder of this name in the cache, made if it isn't there."""
     path = _root() / name
-    path.mkdir(exist_ok=True)
+    _make(path)
     os.utime(path)
     return path
 
@@ -90,7 +90,7 @@ def full_disks_told() -> Iterator[None]:
 def locked_folder(path: Path) -> Iterator[Path]:
     """The folder, made if need be, with nobody else in it. Waits for whoever is."""
     while True:
-        path.mkdir(parents=True, exist_ok=True)
+        _make(path)
         lock = _open(path)
         if lock is None:
             continue
@@ -213,14 +213,24 @@ def _empty(folder: Path) -> None:
         path.unlink()
 
 
+def _make(folder: Path) -> None:
+    """Make the folder and those above it; root makes them for the owner of what was there."""
+    if folder.is_dir():
+        return
+    _make(folder.parent)
+    folder.mkdir(exist_ok=True)
+    owner = folder.parent.stat()
+    if os.geteuid() == 0 and owner.st_uid != 0:
+        os.chown(folder, owner.st_uid, owner.st_gid, follow_symlinks=False)
+
+
 def _root() -> Path:
     root = cache_root()
     try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        root.mkdir(mode=0o700, exist_ok=True)
+        _make(root)
         found = root.stat()
         # a lock on a folder that others can open would be theirs to hold
-        if found.st_uid == os.geteuid() and found.st_mode & 0o077:
+        if os.geteuid() in (0, found.st_uid) and found.st_mode & 0o077:
             root.chmod(0o700)
     except OSError as error:
         raise DataError(
