@@ -24,6 +24,7 @@ from pathlib import Path
 
 from hpo.claims import Claim, claim_core, claim_gpu, device_key, least_used
 from hpo.errors import UsageError
+from hpo.executors.sockets import short_folder_for_sockets
 from hpo.logs import open_log
 from storage.home import home
 
@@ -161,6 +162,7 @@ def warm_up(*, for_modules: bool = False) -> None:
 
     for_modules: and Lightning.
     """
+    short_folder_for_sockets()
     multiprocessing.set_forkserver_preload([PRELOADED, *([LIGHTNING] if for_modules else [])])
     # Ctrl-C and a closed terminal are the launcher's business, which tells the workers
     before = {number: signal.signal(number, signal.SIG_IGN) for number in _OF_THE_TERMINAL}
