@@ -9,6 +9,9 @@ from hpo.import_path import isolate
 def run() -> NoReturn:
     """Run the command of this process's arguments, and end the process."""
     isolate()
+    from hpo.streams import open_streams
+
+    open_streams()
     # what the process was started by: its own processes need nothing of it, and would run it again
     sys.modules["__main__"] = sys.modules[__name__]
     from hpo.cli import run as run_command

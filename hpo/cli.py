@@ -6,7 +6,6 @@ if __name__ == "__main__":  # python -m hpo.cli: before anything is imported fro
     run_isolated()
 
 import atexit
-import contextlib
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from hpo.arguments import Earlier, Modules, Pruner, Sampler, Settings, Tries
-from hpo.errors import ExitCode, UsageError, exit_code
+from hpo.errors import ExitCode, UsageError, exit_code, one_line
 from hpo.imports import import_all
 from hpo.terminal import LineFormatter, guard_output, say, say_lines
 
@@ -229,11 +228,12 @@ def worker(
     """Run one worker here, for a study launched anywhere."""
     import_all(["hpo.worker"])
 
-    from hpo.executors.local import settle_down
+    from hpo.executors.local import cores_of_all_workers, settle_down
     from hpo.worker import Worker
 
     logging.getLogger().setLevel(logging.INFO)
     given_id = os.environ.get("HPO_WORKER_ID")
+    cores_of_all_workers()  # what it raises is no trial's fault
     working = Worker(
         _database(storage),
         study,
@@ -646,6 +646,14 @@ def _print_json(document: Any) -> None:
     say_lines(json.dumps(document, indent=1, allow_nan=False).split("\n"))
 
 
+def _check_current_folder() -> None:
+    """Raises UsageError if it was deleted: relative paths mean nothing, and MKL doesn't load."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UsageError("the folder that you stand in was deleted: cd into another") from error
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; each error that a user can cause is one line and its exit code.
 
@@ -657,6 +665,7 @@ def main(arguments: list[str] | None = None) -> None:
     handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
+        _check_current_folder()
         app(arguments)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
@@ -664,7 +673,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = exit_code(error)
         if code is None:
             raise
-        say(f"hpo: {str(error).strip()}", err=True)
+        say(f"hpo: {one_line(error)}", err=True)
         sys.exit(code)
 
 
@@ -681,7 +690,13 @@ def run() -> NoReturn:
             raise
         code = end.code or 0
     atexit._run_exitfuncs()
-    with contextlib.suppress(BrokenPipeError):  # of `hpo trials | head`
+    try:
         sys.stdout.flush()
-        sys.stderr.flush()
+    except BrokenPipeError:  # of `hpo trials | head`
+        pass
+    except OSError as error:
+        if not code:
+            say(f"hpo: {one_line(error)}", err=True)
+            code = ExitCode.UNEXPECTED
+    sys.stderr.flush()
     os._exit(code)

@@ -9,17 +9,23 @@
     │   └── Interrupted         130   a signal, Ctrl-C
     ├── trainer.config.ConfigError    2
     ├── trainer.config.DataError      5
-    └── storage.errors.StorageError   3
-        └── StudyNotFound             2
+    ├── trainer.config.TrainingFailure  1   outside of a trial: of pretrain, best, replay
+    │   ├── TrainingDiverged
+    │   └── OutOfMemory
+    ├── trainer.config.CheckpointError  1   bytes that aren't a checkpoint of this training
+    ├── storage.errors.StorageError   3
+    │   └── StudyNotFound             2
+    └── OSError                       1   of the machine: a full disk, a file without rights
 
 Only cli.py exits. Every message is one line: the cause, and the way out.
 """
 
 import enum
+import os
 import re
 
 from storage.errors import StorageError, StudyNotFound
-from trainer.config import ConfigError, DataError
+from trainer.config import CheckpointError, ConfigError, DataError, TrainingFailure
 
 _OF_A_DEVICE = re.compile(
     r"CUDA error|CUDA driver|cuDNN error|CUDNN_STATUS|CUBLAS_STATUS|CUFFT_|NCCL error|"
@@ -82,6 +88,9 @@ _ELSEWHERE: dict[type[Exception], ExitCode] = {
     DataError: ExitCode.DATA,
     StudyNotFound: ExitCode.USAGE,
     StorageError: ExitCode.DATABASE,
+    TrainingFailure: ExitCode.UNEXPECTED,
+    CheckpointError: ExitCode.UNEXPECTED,
+    OSError: ExitCode.UNEXPECTED,
 }
 
 
@@ -93,6 +102,15 @@ def exit_code(error: Exception) -> ExitCode | None:
         if isinstance(error, kind):
             return code
     return None
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error that a user can cause."""
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        what = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        said = what + error.strerror
+    return " ".join(said.split())
 
 
 def is_of_the_machine(error: BaseException) -> bool:
@@ -108,6 +126,6 @@ def is_of_the_machine(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(_OF_A_DEVICE.search(str(error)))
 
 
-def one_line(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     """The error in a line: its kind, and what it says."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")

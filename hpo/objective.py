@@ -14,7 +14,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from hpo.errors import one_line
+from hpo.errors import described
 from hpo.folding import bytes_beside_a_model, folds_of, work_of_an_epoch
 from hpo.measured import machine, measured_once
 from hpo.points import RECIPE, suggest_config
@@ -136,7 +136,7 @@ class TrialRun:
 
     def fail(self, error: Exception) -> Outcome:
         """End the trial after an error that is none of its results. Raises LeaseLost."""
-        reason = str(error) if isinstance(error, ConfigError) else one_line(error)
+        reason = str(error) if isinstance(error, ConfigError) else described(error)
         outcome = Outcome(state=TrialState.FAIL, value=None, reason=reason)
         self._tell(outcome)
         return outcome

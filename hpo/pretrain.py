@@ -5,12 +5,12 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.errors import UsageError
+from hpo.errors import UsageError, one_line
 from hpo.own_modules import find_own_folders
 from storage.checkpoints import TrialCheckpoints, checkpoint_root, checkpoint_url
 from storage.errors import LeaseLost
@@ -63,11 +63,16 @@ def pretrain_to_folder(options: PretrainOptions, say: Say, progress: Progress) -
     )
     plan = dataclasses.replace(plan, micro_batch=None)  # contrast needs the batch as a whole
     checkpoints = _checkpoints(config, data)
-    resume = checkpoints.take_over()
+    try:
+        resume = checkpoints.take_over()
+    except OSError as error:
+        raise UsageError(
+            f"no checkpoints can be kept: {one_line(error)}; set HPO_CHECKPOINTS or HPO_HOME"
+        ) from error
     if resume is not None:
         say("going on where an earlier pretraining was cut")
     last: PretrainReport | None = None
-    with contextlib.closing(pretrain(config, data, plan, resume=resume)) as reports:  # type: ignore[type-var]
+    with _told_apart(), contextlib.closing(pretrain(config, data, plan, resume=resume)) as reports:  # type: ignore[type-var]
         for last in reports:
             say(
                 f"epoch {last.epoch} of {config.epochs}: loss {last.loss:.4f}, "
@@ -95,6 +100,21 @@ def pretrain_to_folder(options: PretrainOptions, say: Say, progress: Progress) -
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     checkpoints.remove()
     return manifest
+
+
+@contextlib.contextmanager
+def _told_apart() -> Iterator[None]:
+    """What a training raises, with the way out."""
+    from trainer.config import CheckpointError, OutOfMemory, TrainingDiverged
+
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}: another --seed begins a new one") from error
+    except TrainingDiverged as error:
+        raise TrainingDiverged(f"{error}: give a smaller --lr") from error
+    except OutOfMemory as error:
+        raise OutOfMemory(f"{error}: give a smaller --batch-size") from error
 
 
 def _checkpoints(config: "PretrainConfig", data: "ImageDataset") -> TrialCheckpoints:

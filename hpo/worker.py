@@ -13,7 +13,7 @@ import types
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from hpo.errors import ExitCode, exit_code, is_of_the_machine, one_line
+from hpo.errors import ExitCode, described, exit_code, is_of_the_machine
 from hpo.objective import TrialRun
 from hpo.readiness import check_device, check_networks
 from hpo.spec import StudySpec
@@ -200,8 +200,8 @@ class Worker:
             check_networks(self._spec)
             self._data = self._spec.load_data()
         except Exception as error:
-            said = str(error) if exit_code(error) is not None else one_line(error)
-            leases.mark_sick(self._database, self._worker_id, " ".join(said.split()))
+            said = one_line(error) if exit_code(error) is not None else described(error)
+            leases.mark_sick(self._database, self._worker_id, said)
             raise
         finally:
             self._is_preparing = False
@@ -295,7 +295,7 @@ class Worker:
         This process ends either way: what the error has left behind in it (a dead CUDA context,
         half a library) would meet the next trial.
         """
-        said = one_line(error)
+        said = described(error)
         logger.error("an error ended an attempt at a trial", exc_info=error)
         of_the_machine = is_of_the_machine(error)
         try:

@@ -31,6 +31,10 @@ class DataError(Exception):
     """Data that can't be used: the message is one line, for the user."""
 
 
+class CheckpointError(ValueError):
+    """Bytes that aren't a checkpoint of this training: the message is one line."""
+
+
 class TrainingFailure(Exception):
     """A result rather than a fault: this configuration can't be trained; the message says why."""
 

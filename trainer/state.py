@@ -11,6 +11,7 @@ from torch import nn
 
 from trainer.averaging import Averages
 from trainer.backbones import build
+from trainer.config import CheckpointError as CheckpointError  # raised here
 from trainer.config import TrainConfig
 from trainer.data.dataset import ImageDataset
 from trainer.device import DevicePlan, prepare
@@ -36,10 +37,6 @@ FOLDS_KEYS = {"config", "folds", "history"}
 """Of several trainings that go on together (trainer.folds)."""
 MODULE_KEYS = _COMMON | {"lightning", "loops"}
 """Of a LightningModule's training (trainer.module_state)."""
-
-
-class CheckpointError(ValueError):
-    """Bytes that aren't a checkpoint of this training: the message is one line."""
 
 
 @dataclass(kw_only=True, eq=False)

@@ -15,7 +15,6 @@ import os
 import secrets
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from hpo.claims import Claim, claim_core, claim_gpu, device_key, least_used
 from hpo.errors import UsageError
 from hpo.executors.sockets import short_folder_for_sockets
 from hpo.logs import open_log
+from hpo.streams import open_streams
 from storage.home import home
 
 PRELOADED = "hpo.executors.preloaded"
@@ -95,6 +95,7 @@ class LocalExecutor:
     def start(self, index: int) -> LocalWorker:
         """Start the worker of the index-th device."""
         warm_up()
+        _stand_somewhere()
         self._num_started += 1
         device = self._devices[index]
         worker_id = f"{self._launcher}-{index}-{self._num_started}"
@@ -175,6 +176,14 @@ def warm_up(*, for_modules: bool = False) -> None:
     atexit.register(cool_down)
 
 
+def _stand_somewhere() -> None:
+    """Leave a folder that was deleted while the study ran: no process can be started in it."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        os.chdir(home())
+
+
 def cool_down() -> None:
     """End that server, if there is one, at once: left to itself it would finish what it loads and
     take torch apart, and whoever reads this process's output would wait for it.
@@ -197,9 +206,10 @@ def _run_worker(
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     output = open_log(log)
-    os.dup2(output, sys.stdout.fileno())
-    os.dup2(output, sys.stderr.fileno())
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     os.close(output)
+    open_streams()
     os.environ.update(environment)
     if core is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
@@ -260,8 +270,16 @@ def num_cores() -> int:
 
 
 def cores_of_all_workers() -> int:
-    """Cores that the launcher of this worker may use, which pins each worker to one of them."""
-    return int(os.environ.get("HPO_WORKER_CORES", num_cores()))
+    """Cores that the launcher of this worker may use, which pins each worker to one of them.
+
+    Raises UsageError if HPO_WORKER_CORES isn't a number of cores.
+    """
+    given = os.environ.get("HPO_WORKER_CORES")
+    if given is None:
+        return num_cores()
+    if not (given.isascii() and given.isdecimal() and int(given) > 0):
+        raise UsageError(f"HPO_WORKER_CORES must be a whole number >= 1, got {given[:80]!r}")
+    return int(given)
 
 
 def _cores() -> list[int]:

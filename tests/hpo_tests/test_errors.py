@@ -1,8 +1,15 @@
+import importlib
+import os
+import pkgutil
+
 import pytest
 
-from hpo.errors import ExitCode, NoTrialError, StudyFailsError, UsageError, exit_code
+import hpo
+import storage
+import trainer
+from hpo.errors import ExitCode, NoTrialError, StudyFailsError, UsageError, exit_code, one_line
 from storage.errors import DatabaseUnreachable, StorageError, StudyNotFound
-from trainer.config import ConfigError, DataError
+from trainer.config import CheckpointError, ConfigError, DataError, OutOfMemory, TrainingDiverged
 
 
 @pytest.mark.parametrize(
@@ -16,6 +23,10 @@ from trainer.config import ConfigError, DataError
         (NoTrialError("x"), 4),
         (DataError("x"), 5),
         (StudyFailsError("x"), 6),
+        (TrainingDiverged("x"), 1),
+        (OutOfMemory("x"), 1),
+        (CheckpointError("x"), 1),
+        (OSError(28, "No space left on device"), 1),
     ],
 )
 def test_each_error_a_user_can_cause_has_its_exit_code(error: Exception, code: int) -> None:
@@ -24,3 +35,34 @@ def test_each_error_a_user_can_cause_has_its_exit_code(error: Exception, code: i
 
 def test_a_bug_has_none() -> None:
     assert exit_code(KeyError("x")) is None
+
+
+def test_every_error_class_of_the_packages_has_an_exit_code_or_never_leaves_its_package() -> None:
+    """A new one is put into hpo.errors, or here with what catches it."""
+    caught = {
+        "trainer.handover.Stopped",  # its thread
+        "trainer.export.verify.ExportRefused",  # trainer.export.files: the format is left out
+        "storage.errors.LeaseLost",  # hpo.worker, hpo.pretrain
+        "hpo.worker.Leave",  # hpo.worker
+        "hpo.worker.TrialTaken",  # hpo.worker
+    }
+    found = set()
+    for package in (hpo, storage, trainer):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if module.name in ("hpo.__main__", "hpo.executors.preloaded"):  # these do something
+                continue
+            for each in vars(importlib.import_module(module.name)).values():
+                is_error = isinstance(each, type) and issubclass(each, Exception)
+                if is_error and each.__module__ == module.name and not _has_code(each):
+                    found.add(f"{module.name}.{each.__name__}")
+    assert found == caught
+
+
+def _has_code(kind: type[Exception]) -> bool:
+    return exit_code(kind.__new__(kind)) is not None
+
+
+def test_an_error_of_the_machine_names_the_file() -> None:
+    with pytest.raises(OSError, match="Errno 2") as raised:
+        os.open("/no/such\nfile", os.O_RDONLY)
+    assert one_line(raised.value) == "/no/such file: No such file or directory"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.checkpoints import TrialCheckpoints
 from tests.parts import Hpo
 
 QUICK = ("--backbone", "smallcnn", "--epochs", "4")
@@ -39,6 +40,37 @@ def test_a_pretraining_that_was_killed_goes_on_and_a_study_starts_from_it(tmp_pa
     assert trial["params"]["backbone"] == "smallcnn"
 
 
+def test_a_checkpoint_of_another_version_is_one_line_with_the_way_out(tmp_path: Path) -> None:
+    hpo, out = Hpo(tmp_path), str(tmp_path / "weights")
+    process = hpo.start("pretrain", *QUICK, "--out", out)
+    assert process.stderr is not None
+    while "epoch 2 of 4" not in process.stderr.readline():
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    (trial,) = (tmp_path / "checkpoints").glob("*/0")
+    earlier = TrialCheckpoints(
+        tmp_path / "checkpoints", study_key=int(trial.parent.name), trial_number=0, token=2**62
+    )
+    earlier.take_over()
+    earlier.save(99, b"of another version")
+    (trial / str(2**62)).rename(trial / "1")
+    done = hpo.run("pretrain", *QUICK, "--out", out)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "going on where an earlier pretraining was cut\nhpo: the checkpoint can't be read: it is "
+        "broken: another --seed begins a new one\n",
+    )
+
+
+def test_a_home_that_is_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    hpo = Hpo(tmp_path, {"HPO_HOME": str(tmp_path / "file")})
+    done = hpo.run("pretrain", *QUICK, "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert re.fullmatch(r"hpo: no checkpoints can be kept: .*; set HPO_.*\n", done.stderr)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -47,6 +79,7 @@ def test_a_pretraining_that_was_killed_goes_on_and_a_study_starts_from_it(tmp_pa
         (("--epochs", "0"), 2, "epochs must be >= 1"),
         (("--data", "nothing"), 5, "nothing"),
         (("--device", "cuda:7"), 2, "cuda:7"),
+        (("--lr", "1e30", "--epochs", "1"), 1, "the loss is nan after 1 epochs (lr 1e+30): give a"),
     ],
 )
 def test_what_can_t_be_pretrained_is_one_line(
