@@ -1,6 +1,7 @@
 """What `hpo launch` and `hpo doctor` were told, checked as far as that needs no data."""
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -85,4 +86,4 @@ def _absolute(paths: str | tuple[str, ...]) -> str | tuple[str, ...]:
     """Workers run in other folders; "" stays: no weights."""
     if isinstance(paths, tuple):
         return tuple(str(_absolute(path)) for path in paths)
-    return str(Path(paths).expanduser().absolute()) if paths else ""
+    return os.path.abspath(os.path.expanduser(paths)) if paths else ""

@@ -13,7 +13,7 @@ import types
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from hpo.errors import ExitCode, described, exit_code, is_of_the_machine
+from hpo.errors import ExitCode, described, exit_code, is_of_the_machine, one_line
 from hpo.objective import TrialRun
 from hpo.readiness import check_device, check_networks
 from hpo.spec import StudySpec

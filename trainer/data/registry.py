@@ -72,7 +72,7 @@ def settled_source(source: str) -> str:
             f"{known}, or the path of a folder, a .csv table or a .json export, or "
             "lightning:package:Class"
         )
-    return str(Path(source).expanduser().resolve())
+    return os.path.realpath(os.path.expanduser(source))
 
 
 def _is_path(source: str) -> bool:

@@ -20,14 +20,14 @@ _SILENCE_SECONDS = 30.0
 def data_root() -> Path:
     """The folder of data sets: HPO_DATA, else the platform's cache folder for hpo."""
     if named := os.environ.get("HPO_DATA"):
-        return Path(named).expanduser().absolute()
+        return Path(os.path.abspath(os.path.expanduser(named)))
     return _of_the_user() / "data"
 
 
 def cache_root() -> Path:
     """The folder of what can be made again: HPO_HOME/cache, else the platform's cache for hpo."""
     if named := os.environ.get("HPO_HOME"):
-        return Path(named).expanduser().absolute() / "cache"
+        return Path(os.path.abspath(os.path.expanduser(named))) / "cache"
     return _of_the_user() / "pictures"
 
 
