@@ -59,6 +59,7 @@ def test_the_wheel_holds_all_of_the_three_packages_and_nothing_else(wheel: Path)
     }
     assert packed == written
     assert {name.partition("/")[0] for name in packed} == set(PACKAGES)
+    assert {f"{package}/py.typed" for package in PACKAGES} <= packed  # `Typing :: Typed`
 
 
 def test_the_wheel_imports_from_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
