@@ -111,7 +111,7 @@ def export_best(
     NoTrialError; UsageError if `out` can't be written; DataError if the data has changed; what
     `run_workers` raises.
     """
-    from trainer.export.folder import export_model
+    from trainer.export.folder import export_model, rehearse_export
     from trainer.export.formats import DEFAULT_FORMATS, check_formats
     from trainer.export.publish import check_out
 
@@ -134,6 +134,33 @@ def export_best(
     )
     retrained = retrainer.retrain(winner, data, tries_soup=pays_soup)
     last = retrained.history[-1]
+    about = {
+        "study": record.name,
+        "trial": describe(winner.trial),
+        "seeds": {
+            "study": spec.seed,
+            "retraining": retrained.config.seed,
+            "soup": list(retrained.seeds) if len(retrained.seeds) > 1 else None,
+        },
+        "plan": retrained.plan.to_dict(),
+        "candidates": [candidate.to_json() for candidate in candidates],
+        "averaging": retrained.averaging,
+        "objective": spec.objective,
+        "search": _search(study, spec),
+    }
+    described: dict[str, Any] = {
+        "config": retrained.config,
+        "data": retrained.data,
+        "out": options.out,
+        "formats": formats,
+        "curves": _curves(database, record, winner, retrained.history, spec.objective),
+        "metrics": {
+            "search": {f"val_{spec.objective}": winner.search_value},
+            "recheck": {"mean": winner.mean, "std": winner.std, "values": list(winner.values)},
+            "retraining": {"epochs": last["epoch"], "train_loss": last["train_loss"]},
+        },
+    }
+    rehearse_export(retrained.model, about={**about, "test_openings": 1}, **described)
     num_openings = count_test_opening(database, record.study_id)
     if num_openings > 1:
         notes.append(
@@ -143,32 +170,9 @@ def export_best(
     say("opening the test split, exporting")
     manifest = export_model(
         retrained.model,
-        config=retrained.config,
-        data=retrained.data,
         test=data.open_test(),
-        out=options.out,
-        about={
-            "study": record.name,
-            "trial": describe(winner.trial),
-            "seeds": {
-                "study": spec.seed,
-                "retraining": retrained.config.seed,
-                "soup": list(retrained.seeds) if len(retrained.seeds) > 1 else None,
-            },
-            "plan": retrained.plan.to_dict(),
-            "test_openings": num_openings,
-            "candidates": [candidate.to_json() for candidate in candidates],
-            "averaging": retrained.averaging,
-            "objective": spec.objective,
-            "search": _search(study, spec),
-        },
-        formats=formats,
-        curves=_curves(database, record, winner, retrained.history, spec.objective),
-        metrics={
-            "search": {f"val_{spec.objective}": winner.search_value},
-            "recheck": {"mean": winner.mean, "std": winner.std, "values": list(winner.values)},
-            "retraining": {"epochs": last["epoch"], "train_loss": last["train_loss"]},
-        },
+        about={**about, "test_openings": num_openings},
+        **described,
     )
     retrainer.forget()
     tested = manifest["metrics"]["test"]

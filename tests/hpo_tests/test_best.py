@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from storage.schema import ensure_tables
 from storage.snapshots import StudySnapshot, TrialSnapshot, snapshot
 from storage.studies import StudyRecord, find_studies, find_study, request_stop
 from tests.parts import url_of
+from trainer.config import ConfigError
 from trainer.data import registry
 from trainer.data.dataset import ImageDataset, Split
 
@@ -167,6 +169,19 @@ def test_a_recheck_that_was_stopped_says_so_and_goes_on(
         database, record, options, run_workers=lambda child, **_: work(database, child), say=print
     )
     assert len(report.winner.values) == 3
+
+
+def test_an_export_that_can_t_be_written_leaves_the_test_split_closed(
+    searched: tuple[Database, StudyRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, record = searched
+    before, number = list(opened), find_study(database, record.name).test_openings
+    monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=2**20))
+    options = BestOptions(out=tmp_path / "out", top_k=1, num_seeds=0)
+    with pytest.raises(ConfigError, match="its disk has 1 MiB left"):
+        export_best(database, record, options, run_workers=pytest.fail, say=print)
+    assert opened == before
+    assert find_study(database, record.name).test_openings == number
 
 
 def test_the_quick_way_trains_no_candidate_and_says_so(

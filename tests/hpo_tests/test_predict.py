@@ -21,7 +21,7 @@ from trainer.config import ConfigError, DataError, TrainConfig
 from trainer.data.dataset import ImageDataset, Split
 from trainer.data.pictures import read_picture
 from trainer.export.folder import export_model
-from trainer.export.snippets import snippet
+from trainer.export.snippets import TFLITE, snippet
 
 CLASSES = ("dark", "bright", "猫")
 
@@ -168,7 +168,7 @@ def test_the_card_s_program_for_tflite_answers_as_predict_does(
     export_dir: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
     """Elsewhere the card's programs are run as an export writes them; this file came by itself."""
-    program = snippet("tflite", {"file": "model.tflite"}, input_size=(1, 8, 8), num_classes=3)
+    program = snippet(TFLITE, file="model.tflite", input_size=(1, 8, 8), num_classes=3)
     arrays = np.stack([read_picture(path, input_size=(1, 8, 8)) for path in pictures])
     np.save(tmp_path / "images.npy", arrays)
     program += "import sys; print(classify(np.load(sys.argv[1])).tolist(), *sys.modules)"

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from storage.database import Database
 from storage.snapshots import snapshot
-from storage.studies import find_study
+from storage.studies import find_studies, find_study
 from tests.parts import Hpo
 
 SMALL = ("--epochs", "1", "--workers", "1", "--trials", "1")
@@ -91,13 +93,37 @@ def test_a_variable_that_can_t_be_is_one_line(
     assert said in done.stderr
 
 
-def test_a_size_of_the_cache_that_is_none_is_one_line(hpo: Hpo) -> None:
-    from PIL import Image
+@pytest.mark.parametrize("name", [b"caf\xe9", b"dog"])
+def test_a_class_of_latin_1_bytes_is_one_line_before_there_is_a_study_a_file_of_them_works(
+    name: bytes, hpo: Hpo, database: Database
+) -> None:
+    pictures(hpo.home / "pics" / "cat")
+    pictures(hpo.home / "pics" / os.fsdecode(name))
+    (hpo.home / "pics" / "cat" / "0.png").rename(hpo.home / "pics" / "cat" / "\udce9.png")
+    done = hpo.run("launch", "--data", "pics/", *SMALL)
+    assert "Traceback" not in done.stderr
+    if name == b"dog":
+        assert done.returncode == 0, done.stderr
+        done = hpo.run("best", "--export", "--top-k", "1", "--seeds", "0", "--formats", "onnx")
+        assert done.returncode == 0, done.stderr
+        return
+    assert done.returncode == 5, done.stderr
+    assert "the class name 'caf\\udce9' is no text in UTF-8: give it another" in done.stderr
+    assert find_studies(database) == []
 
+
+def pictures(folder: Path) -> None:
+    """Twelve of them, each another."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(len(list(folder.parent.iterdir())))
+    for number in range(12):
+        pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+
+
+def test_a_size_of_the_cache_that_is_none_is_one_line(hpo: Hpo) -> None:
     for name in ("a", "b"):
-        (hpo.home / "pics" / name).mkdir(parents=True)
-        for number in range(12):
-            Image.new("L", (8, 8), number).save(hpo.home / "pics" / name / f"{number}.png")
+        pictures(hpo.home / "pics" / name)
     wrong = Hpo(hpo.home, {**hpo.variables, "HPO_CACHE_BYTES": "abc"})
     done = wrong.run("launch", "--data", "pics/", *SMALL)
     assert done.returncode == 5

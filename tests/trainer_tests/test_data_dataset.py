@@ -82,6 +82,8 @@ def test_a_dataset_whose_parts_do_not_fit_together_is_refused() -> None:
         dataclasses.replace(data, train=data.train.take([]))
     with pytest.raises(DataError, match="different classes"):
         dataclasses.replace(data, class_names=("cat", "cat"))
+    with pytest.raises(DataError, match=r"the class name 'caf\\udce9' is no text in UTF-8"):
+        dataclasses.replace(data, class_names=("cat", "caf\udce9"))
     with pytest.raises(DataError, match=r"0\.\.1, got 0\.\.2"):
         dataclasses.replace(data, val=Split(data.val.images, torch.tensor([0, 1, 2, 1])))
     with pytest.raises(DataError, match="3 channels"):

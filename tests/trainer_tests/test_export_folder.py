@@ -1,5 +1,6 @@
 """A whole export of a model trained on the digits, and each of its files run by others alone."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,12 @@ from trainer.config import ConfigError, DataError, TrainConfig, TrainingDiverged
 from trainer.data.dataset import ImageDataset, Split
 from trainer.data.pictures import read_picture
 from trainer.data.registry import load
+from trainer.export import torchscript
 from trainer.export.confusion import confusion_png
-from trainer.export.folder import export_model
-from trainer.export.formats import DEFAULT_FORMATS, FORMATS
+from trainer.export.folder import export_model, rehearse_export
+from trainer.export.formats import DEFAULT_FORMATS, FORMATS, Format
 from trainer.export.safetensors import rebuild
+from trainer.export.snippets import TORCHSCRIPT
 
 CONFIG = TrainConfig(backbone="smallcnn", dropout=0.1)
 ABOUT = {"study": "digits", "trial": 3, "seeds": [0, 1], "versions": {"hpo": "0.1.0"}}
@@ -294,6 +298,68 @@ def export_quickly(
     )
 
 
+def test_a_format_added_by_one_entry_of_the_registry_is_exported_and_its_program_runs(
+    tmp_path: Path,
+    data: ImageDataset,
+    some_test: Split,
+    model: nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As CONTRIBUTING.md says."""
+    added = Format(
+        file="model.copy.pt",
+        methods={"torch.jit.trace, copied": torchscript.to_bytes},
+        load=torchscript.load,
+        safe_to_load="from people you trust",
+        program=TORCHSCRIPT,
+    )
+    monkeypatch.setitem(FORMATS, "copy", added)
+    out = tmp_path / "out"
+    rehearse_export(
+        model, config=CONFIG, data=data, out=out, about=ABOUT, metrics={}, formats=["copy"]
+    )
+    assert os.listdir(tmp_path) == []
+    manifest = export_quickly(out, data, some_test, model, "copy")
+    arrays = tmp_path / "test.npz"
+    np.savez(arrays, images=some_test.images.numpy(), labels=some_test.labels.numpy())
+    program = programs(out / "model_card.md")["copy"] + CHECK.replace("[1, 2, 9]", "[1, 2]")
+    command = [sys.executable, "-I", "-W", "ignore", "-c", program, str(arrays)]
+    done = subprocess.run(command, cwd=out, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = float(done.stdout.splitlines()[-1])
+    assert found == pytest.approx(manifest["formats"]["copy"]["accuracy"])
+
+
+def test_what_would_end_an_export_ends_its_rehearsal(
+    tmp_path: Path, data: ImageDataset, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def rehearse(model: nn.Module = model, **changed: Any) -> None:
+        given: dict[str, Any] = {"data": data, "about": ABOUT, "formats": ["onnx"], **changed}
+        rehearse_export(model, config=CONFIG, out=out, metrics={}, **given)
+
+    rehearse()
+    rehearse(formats=DEFAULT_FORMATS)
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(math.nan)
+    with pytest.raises(TrainingDiverged, match="aren't finite"):
+        rehearse(broken)
+    with pytest.raises(ConfigError, match="unknown format"):
+        rehearse(formats=["onxx"])
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        rehearse(about={"study": object()})
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=2**20))
+        with pytest.raises(ConfigError, match=r"needs about \d+ MiB, and its disk has 1 MiB left"):
+            rehearse()
+    assert os.listdir(tmp_path) == []
+    out.touch()
+    with pytest.raises(ConfigError, match="is a file"):
+        rehearse()
+
+
 def test_an_older_export_is_replaced_by_the_formats_of_the_new_one(
     tmp_path: Path, data: ImageDataset, some_test: Split, model: nn.Module
 ) -> None:
@@ -333,7 +399,7 @@ def test_a_model_that_knows_one_number_of_images_is_refused(
         def forward(self, x: Tensor) -> Tensor:
             return x.reshape(int(x.shape[0]), 64)[:, :10]
 
-    with pytest.raises(RuntimeError, match="no format could be exported") as failure:
+    with pytest.raises(ConfigError, match="no format could be exported") as failure:
         export_quickly(tmp_path / "out", data, some_test, Rigid(), "torchscript", "onnx")
     assert "torchscript: its file doesn't run: RuntimeError" in str(failure.value)
     assert "onnx: it can't be written: UserError: Constraints violated" in str(failure.value)

@@ -1,5 +1,6 @@
 """Each format gives the model's logits, for any number of images, and keeps secrets."""
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -186,9 +187,10 @@ def test_other_shapes_and_not_a_number_are_refused(model: ExportModel, tmp_path:
         answers = iter([answer[:1], answer[1:3], answer[3:]])
         fmt = Format(
             file="file",
-            methods={},
+            methods={"nothing": lambda _source: b""},
             load=lambda _path, _manifest: lambda _images: next(answers, answer).numpy(),
             safe_to_load="",
+            program=FORMATS["onnx"].program,
         )
         verify(path, fmt, MANIFEST, split, logits)
 
@@ -351,9 +353,10 @@ def test_a_reduced_format_may_lose_as_much_as_the_tolerance_says(tmp_path: Path)
         answers = iter(answer.split([1, 2, 97]))  # type: ignore[no-untyped-call]
         fmt = Format(
             file="file",
-            methods={},
+            methods={"nothing": lambda _source: b""},
             load=lambda _path, _manifest: lambda _images: next(answers, answer).numpy(),
             safe_to_load="",
+            program=FORMATS["onnx"].program,
             exact=False,
         )
         return verify(path, fmt, MANIFEST, split, logits, tolerance=tolerance).accuracy
@@ -374,17 +377,41 @@ def test_formats_are_checked_before_anything_is_done(monkeypatch: pytest.MonkeyP
         check_formats(["onnx", "onnx-int9"])
     with pytest.raises(ConfigError, match="no format is named"):
         check_formats([])
-    monkeypatch.setitem(extras._MODULES, "tflite", ("a_package_that_is_nowhere",))
+    absent = dataclasses.replace(FORMATS["tflite"], modules=("a_package_that_is_nowhere",))
+    monkeypatch.setitem(FORMATS, "tflite", absent)
     with pytest.raises(ConfigError, match=r"needs the extra tflite, .* pip install 'hpo-vision\["):
         check_formats(["onnx", "tflite"])
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"methods": {}}, "has no method"),
+        ({"file": "manifest.json"}, "can't be called 'manifest.json'"),
+        ({"file": "below/model.pt"}, "can't be called 'below/model.pt'"),
+        ({"extra": "tflite"}, "an extra has modules"),
+        ({"modules": ("somewhere",)}, "an extra has modules"),
+        ({"program": "module = load('$file', $five)"}, "five"),
+        ({"program": "costs 5 $ each"}, "Invalid placeholder"),
+    ],
+)
+def test_a_format_is_whole_or_is_none(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises((ValueError, KeyError), match=said):
+        dataclasses.replace(FORMATS["torchscript"], **fields)
+
+
+def test_each_format_has_a_file_of_its_own() -> None:
+    assert len({fmt.file for fmt in FORMATS.values()}) == len(FORMATS)
+
+
 def test_tensorrt_needs_its_package_and_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setitem(extras._MODULES, "tensorrt", ("a_package_that_is_nowhere",))
+    absent = dataclasses.replace(FORMATS["tensorrt"], modules=("a_package_that_is_nowhere",))
+    monkeypatch.setitem(FORMATS, "tensorrt", absent)
     with pytest.raises(ConfigError, match="needs the extra tensorrt"):
         check_formats(["tensorrt"])
-    monkeypatch.setitem(extras._MODULES, "tensorrt", ())
+    there = dataclasses.replace(FORMATS["tensorrt"], modules=("torch",))
+    monkeypatch.setitem(FORMATS, "tensorrt", there)
     with pytest.raises(ConfigError, match="needs an NVIDIA GPU, and torch finds none"):
         check_formats(["tensorrt"])
 
@@ -393,7 +420,7 @@ def test_tflite_is_made_where_its_extra_is_installed_and_refused_elsewhere(
     source: ExportSource, model: ExportModel, tmp_path: Path
 ) -> None:
     """It has an environment of its own: tests/hpo_tests/data holds a file that was made there."""
-    if extras.is_missing("tflite"):
+    if extras.is_missing(FORMATS["tflite"].modules):
         with pytest.raises(ConfigError, match="the format tflite needs the extra tflite"):
             check_formats(["tflite"])
         return

@@ -83,6 +83,11 @@ class ImageDataset:
             len(set(self.class_names)) == len(self.class_names) >= 2,
             f"{self.name}: at least two different classes are needed, got {self.class_names}",
         )
+        for name in self.class_names:  # a folder's name in other bytes than UTF-8
+            _check(
+                not any("\ud800" <= character <= "\udfff" for character in name),
+                f"{self.name}: the class name {name!a} is no text in UTF-8: give it another",
+            )
         for split in (self.train, self.val):
             check_split(split, self.input_size, self.num_classes)
         num_images = len(self.train) + len(self.val)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.export.card_text import safe, share, table
+from trainer.export.formats import FORMATS
 from trainer.export.snippets import pictures_snippet, snippet
 
 _COLUMNS = (
@@ -82,8 +83,10 @@ def loading(manifest: Mapping[str, Any]) -> str:
                 "The weights are numbers; `network.py` is the network, a program of plain torch "
                 "operations: read it before you run one that comes from somebody else."
             )
-        num_classes = len(manifest["class_names"])
-        lines.append(_code(snippet(name, entry, input_size=size, num_classes=num_classes)))
+        num_classes, program = len(manifest["class_names"]), FORMATS[name].program
+        lines.append(
+            _code(snippet(program, file=entry["file"], input_size=size, num_classes=num_classes))
+        )
     return "\n\n".join(lines)
 
 

@@ -1,17 +1,12 @@
-"""Which formats need packages beyond the main job's, and how to get them. Imports without torch."""
+"""Formats that need packages beyond the main job's, and how to get them. Imports without torch."""
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 
-_MODULES: dict[str, tuple[str, ...]] = {
-    "tflite": ("litert_torch", "ai_edge_litert"),
-    "tensorrt": ("tensorrt",),
-}
-"""Of each extra, what must be importable to write and check a file."""
 
-
-def is_missing(extra: str) -> bool:
-    """Whether a package of this extra isn't installed."""
-    return any(find_spec(module) is None for module in _MODULES[extra])
+def is_missing(modules: Iterable[str]) -> bool:
+    """Whether one of these modules, of an extra, isn't installed."""
+    return any(find_spec(module) is None for module in modules)
 
 
 def missing_extra(extra: str) -> str:

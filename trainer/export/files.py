@@ -9,6 +9,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from trainer.config import ConfigError
 from trainer.data.dataset import Split
 from trainer.export import network
 from trainer.export.formats import FORMATS, Format
@@ -32,7 +33,7 @@ def write_formats(
 ) -> None:
     """Write and verify one file a format, and say in the manifest what came of it.
 
-    Raises RuntimeError if there is none that holds, OSError if the disk is the reason.
+    Raises ConfigError if there is none that holds, OSError if the disk is the reason.
     """
     for name in names:
         fmt = FORMATS[name]
@@ -48,7 +49,7 @@ def write_formats(
             manifest["safe_to_load"][name] = fmt.safe_to_load
     if not manifest["formats"]:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in manifest["refused"].items())
-        raise RuntimeError(f"no format could be exported: {reasons}")
+        raise ConfigError(f"no format could be exported: {reasons}")
 
 
 def write_network(folder: Path, source: ExportSource, test: Split, reference: Tensor) -> bool:

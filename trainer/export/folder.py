@@ -19,14 +19,18 @@ from trainer.export.card import model_card
 from trainer.export.confusion import confusion_png
 from trainer.export.curves import Curves, curves_png
 from trainer.export.files import write_formats, write_network
-from trainer.export.formats import DEFAULT_FORMATS, check_formats
+from trainer.export.formats import DEFAULT_FORMATS, FORMATS, check_formats
+from trainer.export.latency import Latency
 from trainer.export.model import ExportModel, as_classifier
-from trainer.export.publish import MADE_BY, new_folder
+from trainer.export.publish import MADE_BY, check_room, new_folder, scratch_folder
 from trainer.export.source import export_source
 from trainer.export.tested import SUMMARY, final_metrics
-from trainer.export.verify import DEFAULT_TOLERANCE, classify_all
+from trainer.export.verify import DEFAULT_TOLERANCE, FormatCheck, classify_all
 
 SCHEMA_VERSION = 1
+_REHEARSED_IMAGES = 64
+_ROOM_BYTES = 16 * 2**20
+"""Of an export's pictures and texts, and of a format's graph beside its weights."""
 
 
 def export_model(
@@ -59,9 +63,7 @@ def export_model(
         raise DataError(f"{data.name}: no test images to verify an export with")
     check_split(test, data.input_size, data.num_classes)
     exported = ExportModel(model, mean=data.mean, std=data.std)
-    reference = classify_all(as_classifier(exported), test.images)
-    if not bool(reference.isfinite().all()):
-        raise TrainingDiverged("the model's logits aren't finite")
+    reference = _finite_logits(exported, test)
     tested = final_metrics(reference, test.labels, data.class_names)
     source = export_source(exported, data.train, seed=config.seed)
     manifest = _manifest(config, data, test, about, metrics, tested, tolerance)
@@ -70,13 +72,70 @@ def export_model(
         if "safetensors" in manifest["formats"]:
             written = write_network(folder, source, test, reference)
             manifest["formats"]["safetensors"]["network"] = network.FILE if written else None
-        _write_pictures(folder, tested, data.class_names, curves)
-        _write_json(folder / "manifest.json", manifest)
-        described = {name: manifest[name] for name in ("formats", "refused", "tolerance")}
-        _write_json(folder / "metrics.json", {**metrics, "test": tested, **described})
-        card = model_card(manifest, tested, pictures=[path.name for path in folder.glob("*.png")])
-        (folder / "model_card.md").write_text(card, encoding="utf-8")
+        _describe(folder, manifest, metrics, tested, data.class_names, curves)
     return manifest
+
+
+def rehearse_export(
+    model: nn.Module,
+    *,
+    config: TrainConfig,
+    data: ImageDataset,
+    out: Path,
+    about: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    formats: Iterable[str] = DEFAULT_FORMATS,
+    tolerance: float = DEFAULT_TOLERANCE,
+    curves: Curves = MappingProxyType({}),
+) -> None:
+    """Write all that export_model writes but the formats' files, of training images; keep nothing.
+
+    What would end an export ends here, before the test split is opened for it. Raises what
+    export_model raises, ConfigError if the disk has too little room.
+    """
+    names = check_formats(formats)
+    exported = ExportModel(model, mean=data.mean, std=data.std)
+    weights = sum(tensor.nbytes for tensor in exported.state_dict().values())
+    check_room(out, _ROOM_BYTES + len(names) * weights)
+    some = data.train.take(range(min(len(data.train), _REHEARSED_IMAGES)))
+    tested = final_metrics(_finite_logits(exported, some), some.labels, data.class_names)
+    manifest = _manifest(config, data, some, about, metrics, tested, tolerance)
+    for name in names:
+        latency = Latency(latency_ms_1=0.0, latency_ms_32=0.0, num_threads=1)
+        check = FormatCheck(
+            file=FORMATS[name].file, bytes=0, max_abs_diff=0.0, accuracy=0.0, latency=latency
+        )
+        method = next(iter(FORMATS[name].methods))
+        entry = {**check.to_dict(), "method": method, "passed_over": {}, "network": network.FILE}
+        manifest["formats"][name] = entry
+        manifest["safe_to_load"][name] = FORMATS[name].safe_to_load
+    with scratch_folder(out) as folder:
+        _describe(folder, manifest, metrics, tested, data.class_names, curves)
+
+
+def _finite_logits(exported: ExportModel, split: Split) -> torch.Tensor:
+    """float32 (N,classes). Raises TrainingDiverged."""
+    logits = classify_all(as_classifier(exported), split.images)
+    if not bool(logits.isfinite().all()):
+        raise TrainingDiverged("the model's logits aren't finite")
+    return logits
+
+
+def _describe(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    tested: Mapping[str, Any],
+    class_names: Sequence[str],
+    curves: Curves,
+) -> None:
+    """Write what an export holds beside its formats."""
+    _write_pictures(folder, tested, class_names, curves)
+    _write_json(folder / "manifest.json", manifest)
+    described = {name: manifest[name] for name in ("formats", "refused", "tolerance")}
+    _write_json(folder / "metrics.json", {**metrics, "test": tested, **described})
+    card = model_card(manifest, tested, pictures=[path.name for path in folder.glob("*.png")])
+    (folder / "model_card.md").write_text(card, encoding="utf-8")
 
 
 def _write_pictures(

@@ -9,9 +9,11 @@ import torch
 
 from trainer.config import ConfigError, unknown_name
 from trainer.export import (
+    network,
     onnx,
     onnx_reduced,
     safetensors,
+    snippets,
     tensorrt,
     tflite,
     torch_export,
@@ -19,8 +21,14 @@ from trainer.export import (
 )
 from trainer.export.extras import is_missing, missing_extra
 from trainer.export.model import Classifier
+from trainer.export.snippets import snippet
 from trainer.export.source import ExportSource
 
+OTHER_FILES = frozenset({
+    "manifest.json", "metrics.json", "model_card.md", "confusion_matrix.png", "curves.png",
+    network.FILE,
+})  # fmt: skip
+"""What an export folder holds beside the formats' files."""
 _NUMBERS_ONLY = "yes: it holds numbers and known operations, no code"
 
 
@@ -36,11 +44,25 @@ class Format:
     """The file in the format's own runtime; the mapping is the export's manifest."""
     safe_to_load: str
     """What somebody should know who gets the file from somebody else."""
+    program: str
+    """Of the model card: it loads the file and defines logits_of(images) (see snippets.py)."""
     exact: bool = True
     """Whether it holds the model's own numbers, so that its logits must be the model's."""
     extra: str | None = None
     """Of pyproject.toml, if the main job's packages don't do; made only when named then."""
+    modules: tuple[str, ...] = ()
+    """Of the extra: what must be importable to write and check a file."""
     needs_gpu: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an entry that an export would stumble over."""
+        if not self.methods:
+            raise ValueError(f"the format of {self.file} has no method")
+        if Path(self.file).name != self.file or self.file in OTHER_FILES:
+            raise ValueError(f"the format's file can't be called {self.file!r}")
+        if bool(self.modules) != (self.extra is not None):
+            raise ValueError(f"the format of {self.file}: an extra has modules, no extra has none")
+        snippet(self.program, file=self.file, input_size=(1, 1, 1), num_classes=2)
 
 
 FORMATS: dict[str, Format] = {
@@ -49,18 +71,21 @@ FORMATS: dict[str, Format] = {
         methods={"torch.jit.trace": torchscript.to_bytes},
         load=torchscript.load,
         safe_to_load="from people you trust: it is a program that torch runs",
+        program=snippets.TORCHSCRIPT,
     ),
     "onnx": Format(
         file="model.onnx",
         methods={"torch.onnx.export": onnx.to_bytes},
         load=onnx.load,
         safe_to_load=_NUMBERS_ONLY,
+        program=snippets.ONNX,
     ),
     "onnx-fp16": Format(
         file="model.fp16.onnx",
         methods={"weights and arithmetic in float16": onnx_reduced.float16},
         load=onnx.load,
         safe_to_load=_NUMBERS_ONLY,
+        program=snippets.ONNX,
         exact=False,
     ),
     "onnx-int8": Format(
@@ -71,6 +96,7 @@ FORMATS: dict[str, Format] = {
         },
         load=onnx.load,
         safe_to_load=_NUMBERS_ONLY,
+        program=snippets.ONNX,
         exact=False,
     ),
     "torch-export": Format(
@@ -78,26 +104,32 @@ FORMATS: dict[str, Format] = {
         methods={"torch.export": torch_export.to_bytes},
         load=torch_export.load,
         safe_to_load="from people you trust: torch's loader unpickles parts of it",
+        program=snippets.TORCH_EXPORT,
     ),
     "safetensors": Format(
         file="model.safetensors",
         methods={"the weights alone": safetensors.to_bytes},
         load=safetensors.load,
         safe_to_load="yes: it holds numbers only",
+        program=snippets.SAFETENSORS,
     ),
     "tflite": Format(
         file="model.tflite",
         methods={"litert-torch, one image a call": tflite.to_bytes},
         load=tflite.load,
         safe_to_load=_NUMBERS_ONLY,
+        program=snippets.TFLITE,
         extra="tflite",
+        modules=("litert_torch", "ai_edge_litert"),
     ),
     "tensorrt": Format(
         file="model.engine",
         methods={"TensorRT, from the ONNX file": tensorrt.to_bytes},
         load=tensorrt.load,
         safe_to_load="from people you trust: it is a program for the GPU",
+        program=snippets.TENSORRT,
         extra="tensorrt",
+        modules=("tensorrt",),
         needs_gpu=True,
     ),
 }
@@ -119,7 +151,7 @@ def check_formats(names: Iterable[str]) -> tuple[str, ...]:
         if name not in FORMATS:
             raise ConfigError(unknown_name("format", name, FORMATS))
         fmt = FORMATS[name]
-        if fmt.extra is not None and is_missing(fmt.extra):
+        if fmt.extra is not None and is_missing(fmt.modules):
             raise ConfigError(missing_extra(fmt.extra))
         if fmt.needs_gpu and not torch.cuda.is_available():
             raise ConfigError(f"the format {name} needs an NVIDIA GPU, and torch finds none")

@@ -59,6 +59,33 @@ def new_folder(out: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+def check_room(out: Path, num_bytes: int) -> None:
+    """Raises ConfigError if the disk that the folder is to be on has less room."""
+    with _in_one_line(out):
+        free = shutil.disk_usage(_target(out).parent).free
+    if free < num_bytes:
+        raise ConfigError(
+            f"the export folder {out} needs about {num_bytes / 2**20:,.0f} MiB, and its disk has "
+            f"{free / 2**20:,.0f} MiB left"
+        )
+
+
+@contextmanager
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """A folder where new_folder would make its own, which is removed when the block ends.
+
+    Raises ConfigError as new_folder does.
+    """
+    check_out(out)
+    with _in_one_line(out):
+        partial, lock = _make_partial(_target(out))
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+
+
 def _target(out: Path) -> Path:
     return Path(os.path.realpath(out))
 

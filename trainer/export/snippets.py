@@ -3,11 +3,10 @@
 Each stands alone, runs in the export folder, and defines `classify(images)`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from string import Template
-from typing import Any
 
-_ONNX = """\
+ONNX = """\
 import onnxruntime
 
 session = onnxruntime.InferenceSession("$file", providers=["CPUExecutionProvider"])
@@ -17,7 +16,7 @@ def logits_of(images):
     return session.run(["logits"], {"images": images})[0]
 """
 
-_TORCHSCRIPT = """\
+TORCHSCRIPT = """\
 import torch
 
 module = torch.jit.load("$file", map_location="cpu")
@@ -28,7 +27,7 @@ def logits_of(images):
         return module(torch.from_numpy(images)).numpy()
 """
 
-_TORCH_EXPORT = """\
+TORCH_EXPORT = """\
 import torch
 
 module = torch.export.load("$file").module()
@@ -39,7 +38,7 @@ def logits_of(images):
         return module(torch.from_numpy(images)).numpy()
 """
 
-_SAFETENSORS = """\
+SAFETENSORS = """\
 import runpy
 
 import torch
@@ -53,7 +52,7 @@ def logits_of(images):
     return network["classify"](tensors, torch.from_numpy(images)).numpy()
 """
 
-_TFLITE = """\
+TFLITE = """\
 from ai_edge_litert.interpreter import Interpreter
 
 interpreter = Interpreter(model_path="$file")
@@ -71,7 +70,7 @@ def logits_of(images):
     return np.concatenate(rows)
 """
 
-_TENSORRT = """\
+TENSORRT = """\
 import tensorrt
 import torch
 
@@ -108,17 +107,6 @@ images = np.zeros((1, $channels, $height, $width), dtype=np.uint8)  # yours
 print([class_names[number] for number in classify(images)])
 """
 
-_LOADERS: dict[str, str] = {
-    "torchscript": _TORCHSCRIPT,
-    "onnx": _ONNX,
-    "onnx-fp16": _ONNX,
-    "onnx-int8": _ONNX,
-    "torch-export": _TORCH_EXPORT,
-    "safetensors": _SAFETENSORS,
-    "tflite": _TFLITE,
-    "tensorrt": _TENSORRT,
-}
-
 _PICTURES = """\
 import numpy as np
 from PIL import Image
@@ -131,13 +119,15 @@ def read(path):
 """
 
 
-def snippet(
-    name: str, entry: Mapping[str, Any], *, input_size: Sequence[int], num_classes: int
-) -> str:
-    """The program for a format, by its entry in the manifest. input_size: (C,H,W)."""
+def snippet(program: str, *, file: str, input_size: Sequence[int], num_classes: int) -> str:
+    """The program for a file of a format.
+
+    program: the format's part of it, which defines logits_of(images); $file and $num_classes stand
+    for what they say. input_size: (C,H,W). Raises ValueError or KeyError for another $.
+    """
     channels, height, width = input_size
-    return Template(_HEAD + _LOADERS[name] + _TAIL).substitute(
-        file=entry["file"], num_classes=num_classes, channels=channels, height=height, width=width
+    return Template(_HEAD + program + _TAIL).substitute(
+        file=file, num_classes=num_classes, channels=channels, height=height, width=width
     )
 
 
