@@ -10,6 +10,9 @@ from trainer.config import ConfigError, TrainConfig
 from trainer.data.dataset import ImageDataset
 from trainer.seeds import seeded_generator
 
+_NUM_SEEDS = 2**32
+"""That imbalanced-learn takes; those of folds are beyond."""
+
 
 def loss_weights(config: TrainConfig, data: ImageDataset, device: str) -> Tensor | None:
     """What an image of each class weighs in the loss, on the device; None if all weigh the same."""
@@ -69,7 +72,8 @@ def with_smote(features: ImageDataset, *, seed: int) -> ImageDataset:
     order = torch.cat([torch.arange(len(labels)), alone])
     images, labels = images[order], labels[order]
     smallest = int(counts[counts > 0].clamp(min=2).min())
-    smote = imported_smote()(k_neighbors=min(5, smallest - 1), random_state=seed)
+    neighbours = min(5, smallest - 1)
+    smote = imported_smote()(k_neighbors=neighbours, random_state=seed % _NUM_SEEDS)
     made, of_class = smote.fit_resample(images.flatten(1).numpy(), labels.numpy())
     train = type(features.train)(
         torch.from_numpy(made).view(len(made), *images.shape[1:]), torch.from_numpy(of_class)

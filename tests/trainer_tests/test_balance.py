@@ -9,8 +9,10 @@ from trainer.balance import balanced_order, class_weights, with_smote
 from trainer.batches import order_of
 from trainer.config import ConfigError, TrainConfig
 from trainer.data.dataset import ImageDataset, Split
+from trainer.data.folds import cut_folds
 from trainer.device import DevicePlan
 from trainer.features import FeatureSplit
+from trainer.folds import fold_config, train_folds
 from trainer.loop import train
 
 CROOKED = torch.tensor([0, 0, 0, 0, 3] * 100).where(torch.arange(500) % 61 != 7, 1)
@@ -124,6 +126,20 @@ def test_smote_is_the_same_for_the_same_seed_and_copies_an_image_that_is_alone()
     copies = once.images[once.labels == 1]
     assert len(copies) == 5
     assert torch.allclose(copies, data.train.images[5].expand_as(copies))
+
+
+def test_smote_takes_any_seed_and_folds_have_large_ones() -> None:
+    data = features_of([0] * 30 + [1] * 4)
+    made = [with_smote(data, seed=seed).train.images for seed in (0, 7, 2**32 + 7, 2**63 - 1)]
+    assert torch.equal(made[1], made[2])
+    assert not torch.equal(made[0], made[1])
+    config = TrainConfig(
+        backbone="smallcnn", trainable="head", balance="smote", batch_size=20, epochs=1
+    )
+    folds = cut_folds(crooked_noise(), 2, seed=0)
+    *_, last = train_folds(config, folds, DevicePlan(device="cpu"))
+    assert all(fold_config(config, index).seed > 2**32 for index in (0, 1))
+    assert last.finished
 
 
 def test_an_epoch_with_smote_has_as_many_batches_as_one_without() -> None:

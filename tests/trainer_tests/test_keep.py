@@ -64,7 +64,7 @@ def run(
 def assert_same_end(reports: Sequence[ProgressReport], whole: Sequence[ProgressReport]) -> None:
     last, expected = reports[-1], whole[-1]
     assert curve_of(last.state.history) == curve_of(expected.state.history)
-    assert_same_bits(last, expected)
+    assert_same_bits(last.state, expected.state)
     for one, other in zip(
         last.state.result.parameters(), expected.state.result.parameters(), strict=True
     ):

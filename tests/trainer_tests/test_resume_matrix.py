@@ -11,7 +11,6 @@ from trainer.config import Optimizer, Schedule, TrainConfig
 from trainer.data.dataset import ImageDataset, Split
 from trainer.device import DevicePlan
 from trainer.loop import train
-from trainer.reports import ProgressReport
 from trainer.state import TrainState
 
 OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
@@ -95,7 +94,7 @@ def test_a_resumed_curve_is_bit_for_bit_the_uninterrupted_one(
         (resumed,) = train(config, data, PLAN, resume=checkpoint)
         assert resumed.step == (8 if backbone in LARGE else 4)
         assert curve_of(resumed.state.history) == curve_of(whole.state.history)
-        assert_same_bits(resumed, whole)
+        assert_same_bits(resumed.state, whole.state)
 
 
 REGULARISED: list[dict[str, Any]] = [
@@ -124,14 +123,14 @@ def test_regularisation_and_balance_resume_bit_for_bit(fields: dict[str, Any]) -
         torch.rand(3)
         *_, resumed = train(config, data, PLAN, resume=checkpoint)
         assert curve_of(resumed.state.history) == curve_of(whole.state.history)
-        assert_same_bits(resumed, whole)
+        assert_same_bits(resumed.state, whole.state)
 
 
-def assert_same_bits(first: ProgressReport, second: ProgressReport) -> None:
+def assert_same_bits(first: TrainState, second: TrainState) -> None:
     """Weights, statistics and what the optimizer keeps are equal."""
     for one, other in (
-        (first.state.model.state_dict(), second.state.model.state_dict()),
-        (first.state.optimizer.state_dict(), second.state.optimizer.state_dict()),
+        (first.model.state_dict(), second.model.state_dict()),
+        (first.optimizer.state_dict(), second.optimizer.state_dict()),
     ):
         assert one.keys() == other.keys()
         for key in one.keys() - {"param_groups"}:
