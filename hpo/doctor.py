@@ -25,7 +25,7 @@ from hpo.speeds import Crew
 from storage.database import Database
 from storage.home import home
 from storage.schema import ensure_tables
-from trainer.config import DataError, TrainingFailure
+from trainer.config import DataError, DeviceBusy, TrainingFailure
 from trainer.data.options import Progress
 from trainer.data.registry import settled_source
 
@@ -236,7 +236,7 @@ def _speed(spec: StudySpec, options: LaunchOptions, work: "EpochWork") -> Iterat
         for backbone in spec.space.choices("backbone"):
             try:
                 found = crew.speeds(backbone, seconds=PROBE_SECONDS)
-            except TrainingFailure as failure:
+            except (DeviceBusy, TrainingFailure) as failure:
                 yield Finding(about="speed", level="problem", text=f"{backbone}: {failure}",
                               code=ExitCode.USAGE)  # fmt: skip
                 continue

@@ -25,7 +25,7 @@ import os
 import re
 
 from storage.errors import StorageError, StudyNotFound
-from trainer.config import CheckpointError, ConfigError, DataError, TrainingFailure
+from trainer.config import CheckpointError, ConfigError, DataError, DeviceBusy, TrainingFailure
 
 _OF_A_DEVICE = re.compile(
     r"CUDA error|CUDA driver|cuDNN error|CUDNN_STATUS|CUBLAS_STATUS|CUFFT_|NCCL error|"
@@ -91,6 +91,7 @@ _ELSEWHERE: dict[type[Exception], ExitCode] = {
     TrainingFailure: ExitCode.UNEXPECTED,
     CheckpointError: ExitCode.UNEXPECTED,
     OSError: ExitCode.UNEXPECTED,
+    DeviceBusy: ExitCode.UNEXPECTED,
 }
 
 
@@ -119,9 +120,9 @@ def is_of_the_machine(error: BaseException) -> bool:
     Such are files, packages, host memory and devices. Where a worker gives its trial back with such
     an error, nothing is held against the trial as long as another attempt comes further.
     """
-    if isinstance(error, OSError | ImportError | MemoryError | DataError):
+    if isinstance(error, OSError | ImportError | MemoryError | DataError | DeviceBusy):
         return True
-    if type(error).__name__ in ("AcceleratorError", "DeviceBusy"):
+    if type(error).__name__ == "AcceleratorError":  # torch's, which isn't imported here
         return True
     return isinstance(error, RuntimeError) and bool(_OF_A_DEVICE.search(str(error)))
 

@@ -16,7 +16,7 @@ from hpo.executors.local import num_cores
 from hpo.measured import measured_once
 from hpo.spec import StudySpec
 from hpo.speeds import Crew
-from trainer.config import TrainingFailure
+from trainer.config import DeviceBusy, TrainingFailure
 
 PROBE_SECONDS = 1.0
 """Of training for each backbone and number of workers."""
@@ -88,7 +88,7 @@ def measure(spec: StudySpec, device: str, most: int, say: Say) -> list[dict[str,
             break
         try:
             rows.append(_together(spec, [device] * number))
-        except TrainingFailure:  # of one: the trials will say it
+        except (DeviceBusy, TrainingFailure):  # of one: the trials will say it
             break
         if best_number(rows) < number:
             break

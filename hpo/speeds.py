@@ -40,7 +40,7 @@ class Crew:
     ) -> "list[Speed]":
         """One a process, all at once. batch_size: None is the space's middle one.
 
-        Raises TrainingFailure if it can't be trained.
+        Raises TrainingFailure or DeviceBusy if it can't be trained.
         """
         jobs = [
             (self._spec, backbone, device, index, seconds, batch_size)

@@ -47,6 +47,13 @@ class OutOfMemory(TrainingFailure):
     """The device's memory doesn't hold this configuration."""
 
 
+class DeviceBusy(Exception):
+    """The device's memory would hold this configuration, were it not for other processes on it.
+
+    No result of the configuration: it can be tried again later, or elsewhere.
+    """
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """One line that lists the known names and the nearest match."""
     names = sorted(known)

@@ -164,7 +164,7 @@ def choose_plan(
     device, threads) as far as `remember` does. graphs: use CUDA graphs where they are right, which
     isn't for networks that this project doesn't know. What memory holds is tried on accelerators
     only, with data_bytes of images beside it. Does not touch torch's random state, and leaves
-    nothing in memory. Raises OutOfMemory if no micro-batch fits.
+    nothing in memory. Raises OutOfMemory or DeviceBusy if no micro-batch fits.
     """
     prepare(device, num_threads)
     plain = DevicePlan(device=device, num_threads=num_threads)

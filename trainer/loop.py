@@ -67,7 +67,7 @@ def train(
     are taken over the last quarter of what is trained. try_averages: names of averages whose value
     the last report is to say. objective: which validation value that is, and patience looks at.
     torch's own random state is the caller's between reports. Raises TrainingDiverged, OutOfMemory,
-    CheckpointError, ConfigError.
+    DeviceBusy, CheckpointError, ConfigError.
     """
     if is_module(config.backbone):
         yield from train_module(

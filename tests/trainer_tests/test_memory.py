@@ -19,13 +19,13 @@ import trainer.memory
 from trainer.averaging import Averages
 from trainer.backbones import build
 from trainer.batches import num_micro_batches
-from trainer.config import OutOfMemory, TrainConfig
+from trainer.config import DeviceBusy, OutOfMemory, TrainConfig
 from trainer.data.dataset import ImageDataset, Split
 from trainer.device import DevicePlan, choose_plan
 from trainer.evaluate import evaluate
 from trainer.foreign import Shape
 from trainer.loop import optimizer_step, train
-from trainer.memory import micro_batch_that_fits
+from trainer.memory import CONTEXT_BYTES, DeviceMemory, memory_errors, micro_batch_that_fits
 from trainer.optim import make_optimizer
 from trainer.state import TrainState
 
@@ -205,6 +205,78 @@ def test_a_pair_that_does_not_fit_is_out_of_memory_in_one_line() -> None:
         "not even 2 images at once"
     )
     assert caught.value.__context__ is None  # its frames would hold what the attempt held
+
+
+def memory(monkeypatch: pytest.MonkeyPatch, *, total: float, own: float, others: float) -> None:
+    """A device whose memory is used so, in GiB; it never was a real one."""
+    found = DeviceMemory(
+        total=int(total * GIB), free=int((total - own - others) * GIB), own=int(own * GIB)
+    )
+    monkeypatch.setattr(trainer.memory, "memory_of", lambda _: found)
+
+
+ASKED = "CUDA out of memory. Tried to allocate 6.00 GiB. GPU 0 has a total capacity of 16.00 GiB"
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "error", "is_busy"),
+    [
+        (3, 12.5, ASKED, True),  # 3 + 6 would fit into 16, were it not for the others
+        (3, 12.5, "CUDNN_STATUS_ALLOC_FAILED", True),
+        (15, 0.5, ASKED, False),  # nobody else is there but a context
+        (10, 3, ASKED, False),  # 10 + 6 is all that there is
+        (13, 2, ASKED, False),
+        (8, 7, "Tried to allocate 512.00 MiB: out of memory", True),
+    ],
+)
+def test_memory_that_others_hold_is_no_fault_of_the_configuration(
+    own: float, others: float, error: str, is_busy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory(monkeypatch, total=16, own=own, others=others)
+    device = Device(2, error)
+    kind, ending = (DeviceBusy, "other processes hold") if is_busy else (OutOfMemory, "not even 2")
+    with pytest.raises(kind, match=ending) as caught:
+        device.find(16)
+    assert device.asked == [17, 9, 5, 3]
+    assert caught.value.__context__ is None
+    assert "\n" not in str(caught.value)
+    with pytest.raises(kind), memory_errors(TrainConfig(), "cuda:0"):
+        raise torch.OutOfMemoryError(error)
+
+
+def test_what_is_said_of_a_busy_device_names_who_holds_what(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory(monkeypatch, total=16, own=3, others=12.5)
+    with (
+        pytest.raises(DeviceBusy) as caught,
+        memory_errors(TrainConfig(backbone="resnet8", batch_size=64), "cuda:0"),
+    ):
+        raise torch.OutOfMemoryError(ASKED)
+    assert str(caught.value) == (
+        "resnet8 with batch_size 64 doesn't fit: other processes hold 12.5 GiB of the 16.0 GiB of "
+        "cuda:0"
+    )
+
+
+def test_what_fits_beside_others_is_not_remembered_for_when_they_have_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory(monkeypatch, total=16, own=3, others=12.5)
+    assert Device(40).find(64) == 32
+    memory(monkeypatch, total=16, own=3, others=0)
+    alone = Device(1000)
+    assert (alone.find(64), alone.asked) == (None, [65])
+    assert (alone.find(64), alone.asked) == (None, [])
+
+
+def test_where_none_can_say_who_holds_memory_it_is_the_configuration() -> None:
+    assert trainer.memory.memory_of("cpu") is None
+    with pytest.raises(OutOfMemory), memory_errors(TrainConfig(), "cpu"):
+        raise MemoryError
+    assert DeviceMemory(total=10 * GIB, free=9 * GIB, own=GIB // 2).others == 0
+    assert DeviceMemory(total=10 * GIB, free=2 * GIB, own=GIB).others == 7 * GIB
+    assert CONTEXT_BYTES == GIB
 
 
 def test_that_nothing_fits_is_not_remembered() -> None:
