@@ -179,7 +179,13 @@ def test_an_export_that_can_t_be_written_leaves_the_test_split_closed(
     monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=2**20))
     options = BestOptions(out=tmp_path / "out", top_k=1, num_seeds=0)
     with pytest.raises(ConfigError, match="its disk has 1 MiB left"):
-        export_best(database, record, options, run_workers=pytest.fail, say=print)
+        export_best(
+            database,
+            record,
+            options,
+            run_workers=lambda child, **_: work(database, child),
+            say=print,
+        )
     assert opened == before
     assert find_study(database, record.name).test_openings == number
 
