@@ -7,9 +7,17 @@ import pytest
 import hpo
 import storage
 import trainer
+from hpo import errors
 from hpo.errors import ExitCode, NoTrialError, StudyFailsError, UsageError, exit_code, one_line
 from storage.errors import DatabaseUnreachable, StorageError, StudyNotFound
-from trainer.config import CheckpointError, ConfigError, DataError, OutOfMemory, TrainingDiverged
+from trainer.config import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeviceBusy,
+    OutOfMemory,
+    TrainingDiverged,
+)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +41,27 @@ def test_each_error_a_user_can_cause_has_its_exit_code(error: Exception, code: i
     assert exit_code(error) == ExitCode(code)
 
 
+@pytest.mark.parametrize(
+    ("error", "is_of_the_machine"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (ModuleNotFoundError("No module named 'timm'"), True),
+        (MemoryError(), True),
+        (DataError("x"), True),
+        (DeviceBusy("x"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("x"), False),
+        (ConfigError("x"), False),
+    ],
+)
+def test_an_error_of_the_machine_is_told_from_one_of_the_training(
+    error: Exception, is_of_the_machine: bool
+) -> None:
+    assert errors.is_of_the_machine(error) is is_of_the_machine
+
+
 def test_a_bug_has_none() -> None:
     assert exit_code(KeyError("x")) is None
 
@@ -43,6 +72,7 @@ def test_every_error_class_of_the_packages_has_an_exit_code_or_never_leaves_its_
         "trainer.handover.Stopped",  # its thread
         "trainer.export.verify.ExportRefused",  # trainer.export.files: the format is left out
         "storage.errors.LeaseLost",  # hpo.worker, hpo.pretrain
+        "hpo.worker.GivenBack",  # hpo.worker
         "hpo.worker.Leave",  # hpo.worker
         "hpo.worker.TrialTaken",  # hpo.worker
     }

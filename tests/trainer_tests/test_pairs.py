@@ -38,6 +38,7 @@ from trainer.config import (
     Objective,
     Optimizer,
     Policy,
+    Precision,
     Schedule,
     Trainable,
     TrainConfig,
@@ -45,7 +46,7 @@ from trainer.config import (
 )
 from trainer.data.dataset import ImageDataset, Split
 from trainer.data.folds import cut_folds
-from trainer.device import DevicePlan, Precision
+from trainer.device import DevicePlan
 from trainer.folds import FoldsReport, FoldsState, train_folds
 from trainer.loop import train
 from trainer.reports import ProgressReport
