@@ -138,6 +138,24 @@ def test_what_is_not_guarded_is_left_as_it_is() -> None:
     assert unguarded(stream) is stream
 
 
+def test_the_last_line_of_a_worker_s_log_is_part_of_the_one_line_of_an_error(
+    tmp_path: Path,
+) -> None:
+    log = tmp_path / "worker-0.log"
+    log.write_bytes(b"first\n" + EVIL.partition("\r")[0].encode() + b"\xff\n\n")
+    done = run_guarded(
+        "from pathlib import Path\n"
+        "from hpo import cli\n"
+        "from hpo.errors import WorkersDie\n"
+        "from hpo.watch import last_line\n"
+        "def app(arguments): raise WorkersDie(f'they end: {last_line(Path(arguments[0]))}')\n"
+        "cli.app = app\n"
+        f"cli.main([{str(log)!r}])"
+    )
+    assert done.returncode == 1
+    assert done.stderr == r"hpo: they end: a\x1b[2J\x9b31m\x07" + "\ufffd\n"
+
+
 @pytest.fixture
 def evil_hpo(hpo: Hpo, database: Database) -> Hpo:
     """The commands on a database in which a stranger has written."""
