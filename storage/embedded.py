@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psycopg2
 
@@ -47,7 +47,8 @@ _SETTINGS = {
     # SIGKILL of a client must free its locks soon, also when it is stuck in our socket
     "client_connection_check_interval": "5s",
 }
-_PASSING = ("pre-existing shared memory block", "lock file")
+_REMNANTS = "a server that doesn't answer is at work on the same data, here or in a container"
+_PASSING = (_REMNANTS, "pre-existing shared memory block", "lock file")
 """Causes that end by themselves: a server that was killed or stopped is not all gone."""
 _PASSING_SECONDS = 20.0
 
@@ -122,32 +123,28 @@ class EmbeddedPostgres:
     def _answers(self, folder: PrivateFolder) -> bool:
         """Whether there is a server, waiting for one that starts, recovers or hangs."""
         deadline = time.monotonic() + _START_SECONDS
-        while not self._accepts():
-            data = folder.folder("data")
-            if data is None:
-                return False
-            try:
-                pid = postmaster(data)
-            finally:
-                os.close(data)
-            if pid is None:
+        while (state := self._state()) != "up":
+            pid = _postmaster_in(folder)
+            if state == "down" and pid is None:
                 return False
             if time.monotonic() > deadline:
                 raise DatabaseUnreachable(
-                    f"the embedded Postgres (process {pid}) gives no answer: end that process, or "
-                    f"see {self.folder / 'server.log'}"
+                    f"the embedded Postgres (process {pid or 'unknown'}) gives no answer: end that "
+                    f"process, or see {self.folder / 'server.log'}"
                 )
             time.sleep(0.05)
         return True
 
-    def _accepts(self) -> bool:
+    def _state(self) -> Literal["up", "busy", "down"]:
         try:
             psycopg2.connect(**self.parameters).close()
         except psycopg2.OperationalError as error:
+            if "FATAL:" not in str(error):
+                return "down"
             # "starting up", "shutting down" and "in recovery mode" end by themselves; what else
             # it refuses (all connections are taken) says that it is there
-            return "FATAL:" in str(error) and "the database system is" not in str(error)
-        return True
+            return "busy" if "the database system is" in str(error) else "up"
+        return "up"
 
     def _start(self, folder: PrivateFolder) -> None:
         user = server_user(folder)
@@ -156,37 +153,48 @@ class EmbeddedPostgres:
         data = folder.folder("data")
         if data is None:
             raise StorageError(f"{self.data} has gone while it was made")
-        log = folder.file("server.log")
+        log, alive = folder.file("server.log"), folder.file("server.lock")
         try:
-            self._start_in(folder, user, data, log)
+            self._start_in(folder, user, data, log=log, alive=alive)
         finally:
-            os.close(log)
-            os.close(data)
+            for descriptor in (alive, log, data):
+                os.close(descriptor)
 
-    def _start_in(self, folder: PrivateFolder, user: ServerUser, data: int, log: int) -> None:
+    def _start_in(
+        self, folder: PrivateFolder, user: ServerUser, data: int, *, log: int, alive: int
+    ) -> None:
+        """alive: all processes of the server inherit the lock on it, and so hold it as they live.
+
+        Numbers of processes don't tell whether a server lives: one of another container has a
+        number that means nothing here, and two on the same data would destroy it.
+        """
         settings = {**_SETTINGS, "cluster_name": mark(os.fstat(data))}
         given = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         postgres = programs(user) / "postgres"
         started_at = time.monotonic()
         while True:
-            if postmaster(data) is None:
-                _drop_stale_files(data)
             before = os.fstat(log).st_size
-            pid = _detached(
-                [str(postgres), "-D", _working_folder(self.data), *given],
-                folder=_by_descriptor(data, self.data),
-                output=log,
-                env=_ENVIRONMENT,
-                **user.demotion,
-            )
-            self._ensure_guard(folder)
-            while _lives(pid):
-                if self._accepts():
-                    return
-                if time.monotonic() > started_at + _START_SECONDS:
-                    break
-                time.sleep(0.02)
-            reason = _complaint(log, before)
+            if _lock_now(alive):
+                if postmaster(data) is None:
+                    _drop_stale_files(data)
+                pid = _detached(
+                    [str(postgres), "-D", _working_folder(self.data), *given],
+                    folder=_by_descriptor(data, self.data),
+                    output=log,
+                    env=_ENVIRONMENT,
+                    pass_fds=[alive],
+                    **user.demotion,
+                )
+                self._ensure_guard(folder)
+                while _lives(pid):
+                    if self._state() == "up":
+                        return
+                    if time.monotonic() > started_at + _START_SECONDS:
+                        break
+                    time.sleep(0.02)
+                reason = _complaint(log, before)
+            else:
+                reason = _REMNANTS
             passing = any(sign in reason for sign in _PASSING)
             if not passing or time.monotonic() > started_at + _PASSING_SECONDS:
                 raise DatabaseUnreachable(
@@ -298,6 +306,24 @@ def _by_descriptor(descriptor: int, path: Path) -> Path:
 def _working_folder(path: Path) -> str:
     """How a process calls the folder that it works in, of this path."""
     return "/proc/self/cwd" if Path("/proc/self/cwd").exists() else str(path)
+
+
+def _lock_now(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _postmaster_in(folder: PrivateFolder) -> int | None:
+    data = folder.folder("data")
+    if data is None:
+        return None
+    try:
+        return postmaster(data)
+    finally:
+        os.close(data)
 
 
 def _drop_stale_files(data: int) -> None:

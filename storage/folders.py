@@ -74,13 +74,15 @@ class PrivateFolder:
         return descriptor
 
     def folder(self, name: str) -> int | None:
-        """A descriptor of a folder in it; None if there is no such."""
+        """A descriptor of a folder in it; None if there is no such.
+
+        Through a link only if nobody but this user can have put it there.
+        """
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        if self.owner.st_uid != os.geteuid():
+            flags |= os.O_NOFOLLOW
         try:
-            return os.open(
-                name,
-                os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
-                dir_fd=self.descriptor,
-            )
+            return os.open(name, flags, dir_fd=self.descriptor)
         except FileNotFoundError:
             return None
 
@@ -130,11 +132,12 @@ class PrivateFolder:
 def private_folder(path: Path, *, through_links: bool = True) -> PrivateFolder:
     """The folder, made if need be, with rights for nobody but its owner. Raises OSError.
 
-    through_links: also where a symbolic link is in its place, unless root asks.
+    through_links: also where a symbolic link is in its place, unless another user can have put it
+    there and root would follow it.
     """
     make_folder(path, mode=0o700)
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    if os.geteuid() == 0 or not through_links:
+    if not through_links or (os.geteuid() == 0 and path.parent.stat().st_uid != 0):
         flags |= os.O_NOFOLLOW
     descriptor = os.open(path, flags)
     found = os.fstat(descriptor)

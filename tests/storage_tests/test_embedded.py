@@ -15,13 +15,16 @@ from typing import Any
 import psycopg2
 import pytest
 
+from storage import embedded
 from storage.embedded import EmbeddedPostgres
 from storage.embedded_programs import ServerUser, system_user
 from storage.errors import DatabaseUnreachable, StorageError
+from storage.folders import private_folder
 
 _USER = """
 import sys
 from pathlib import Path
+from storage import embedded
 from storage.embedded import EmbeddedPostgres
 EmbeddedPostgres(Path(sys.argv[1])).join()
 print("joined", flush=True)
@@ -181,6 +184,28 @@ def test_any_path_will_do(folder: Path, name: str) -> None:
     assert not list(folder.rglob("planted"))
 
 
+def test_no_second_server_starts_on_the_data_of_one_whose_process_is_not_seen(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = EmbeddedPostgres(folder / "pg")
+    user = User(folder / "pg")
+    user.wait_until_joined()
+    pid = postmaster_of(server)
+    # as in another container with the same volume: its number means nothing, and it hangs
+    monkeypatch.setattr(embedded, "postmaster", lambda _: None)
+    monkeypatch.setattr(embedded, "_PASSING_SECONDS", 0.0)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(DatabaseUnreachable, match="at work on the same data, here or in a co"):
+            server.ensure()
+        assert postmaster_of(server) == pid
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert answers(server)
+    user.leave()
+    assert stops(server)
+
+
 def test_the_same_folder_is_the_same_server_whatever_the_temporary_folder(folder: Path) -> None:
     home = folder / ("x" * 120)
     users = [User(home, TMPDIR=str(folder / name)) for name in ("a", "b" * 120)]
@@ -234,6 +259,44 @@ def test_only_the_owner_enters_the_folder_of_the_socket(folder: Path) -> None:
     assert server.socket_folder.stat().st_mode & 0o077 == 0
     user.leave()
     assert stops(server)
+
+
+def test_a_data_folder_of_an_earlier_version_goes_on_also_where_a_link_leads(folder: Path) -> None:
+    server = started_and_stopped(folder / "pg")
+    with (server.data / "postgresql.conf").open("a") as settings:
+        settings.write("include = 'hpo.conf'\n")
+    (server.data / "hpo.conf").write_text(
+        "listen_addresses = ''\nunix_socket_directories = '/nowhere'\nmax_connections = 200\n"
+    )
+    (server.data / "hpo.conf").chmod(0o644)
+    server.data.rename(folder / "larger disk")
+    server.data.symlink_to(folder / "larger disk")
+    (folder / "pg").rename(folder / "moved")
+    (folder / "pg").symlink_to(folder / "moved")
+    user = User(folder / "pg")
+    user.wait_until_joined()
+    assert answers(server)
+    user.leave()
+    assert stops(server)
+
+
+def test_root_follows_no_link_to_a_folder_that_another_user_can_have_put_there(
+    folder: Path,
+) -> None:
+    theirs = folder / "theirs"
+    theirs.mkdir()
+    (theirs / "pg").symlink_to(folder)
+    (folder / "postgres").mkdir()
+    (folder / "postgres" / "data").symlink_to(folder)
+    if os.geteuid() != 0:  # the links are one's own
+        private_folder(theirs / "pg").close()
+        return
+    for path in (theirs, folder / "postgres"):
+        os.chown(path, runs_as().uid, runs_as().gid)
+    for path in (theirs / "pg", folder / "postgres"):
+        with pytest.raises(StorageError, match=r"can't use .*: (Not a dir|Too many levels)"):
+            EmbeddedPostgres(path).ensure()
+    assert not (folder / "start.lock").exists()
 
 
 def test_the_folder_and_its_locks_are_the_owners_alone(folder: Path) -> None:
