@@ -18,6 +18,7 @@ from optuna.distributions import (
 
 from trainer.conditions import idle_because
 from trainer.config import ARGUMENT, ConfigError, TrainConfig, check_balance, flat, unknown_name
+from trainer.reading import read_small
 
 _FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 _NEVER_SEARCHED = {
@@ -152,10 +153,14 @@ class SearchSpace:
 def read_space(path: Path) -> SearchSpace:
     """The table [space] of a TOML file. Raises ConfigError, with the file's name."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_small(path).decode("utf-8-sig"))  # some editors begin so
     except OSError as error:
         raise ConfigError(f"can't read the space file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text in UTF-8: save it as that") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is no TOML of ours: it is nested too deep") from error
+    except ValueError as error:  # a number of 5,000 digits is one, too
         raise ConfigError(f"{path} is no TOML: {error}") from error
     table = content.get("space")
     if not isinstance(table, dict) or not table:
@@ -207,6 +212,8 @@ def default_space(
 
 def _parse(name: str, what: Any) -> Any:
     if isinstance(what, Mapping):
+        for end in what.values():
+            _check_value(name, end)
         try:
             return Range(**what)
         except TypeError as error:
@@ -218,10 +225,23 @@ def _parse(name: str, what: Any) -> Any:
     if isinstance(what, list | tuple):
         if not what:
             raise ConfigError(f"{name}: a list of choices can't be empty")
+        for choice in what:
+            _check_value(name, choice)
         if len({(type(choice), choice) for choice in what}) != len(what):
             raise ConfigError(f"{name}: a choice stands twice in {list(what)}")
         return tuple(what)
+    _check_value(name, what)
     return what
+
+
+def _check_value(name: str, value: Any) -> None:
+    """Raises ConfigError for what TOML has beside: dates, tables in lists, numbers without end."""
+    if not isinstance(value, bool | int | float | str):
+        raise ConfigError(
+            f"{name} must be true, false, a number or a word, got {str(value)[:80]!r}"
+        )
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{name}: a whole number has 64 bits, got one of {value.bit_length()}")
 
 
 def _plain(what: Any) -> Any:

@@ -57,7 +57,7 @@ class DeviceBusy(Exception):
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """One line that lists the known names and the nearest match."""
     names = sorted(known)
-    nearest = difflib.get_close_matches(name, names, n=1)
+    nearest = difflib.get_close_matches(str(name), names, n=1)  # true, in a space file, is none
     hint = f", did you mean {nearest[0]}?" if nearest else ""
     return f"unknown {kind} {name!r}{hint} (known: {', '.join(names)})"
 

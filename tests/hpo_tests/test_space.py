@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ def test_a_space_file_gives_ranges_choices_and_fixed_values(tmp_path: Path) -> N
         ("[space]\nmodule = 3", "module holds arguments by name"),
         ("[space]\nmodule.width = {low = 8, high = 4}", "module.width: low = 8 is above high"),
         ("[space]\nmodule.when = 2020-01-01", "module.when must be true, false, a number"),
+        ("[space]\noptimizer = true", "unknown optimizer True"),
+        ("[space]\noptimizer = [1, 2.5]", "unknown optimizer 1"),
+        ("[space]\nlr = [[0.1], [0.2]]", "lr must be true, false, a number"),
+        ("[space]\nlr = [{a = 1}, {a = 2}]", "lr must be true, false, a number"),
+        ("[space]\nlr = 0x" + "f" * 300, "lr: a whole number has 64 bits, got one of 1200"),
+        ("[space]\nseed = {low = 1, high = 0x" + "f" * 300 + "}", "a whole number has 64 bits"),
+        ("[space]\nlr = " + "9" * 5000, "is no TOML"),
+        ("[space]\nlr = " + "[" * 100_000, "nested too deep"),
         ("[space]", "no table [space]"),
         ("", "no table [space]"),
         ("[space", "is no TOML"),
@@ -57,6 +66,31 @@ def test_a_bad_space_file_is_refused_in_one_line(tmp_path: Path, content: str, s
         read_space(space_file(tmp_path, content))
     assert says in str(refused.value)
     assert "space.toml" in str(refused.value)
+
+
+def test_a_space_file_may_begin_with_a_byte_order_mark_and_must_be_utf_8(tmp_path: Path) -> None:
+    path, text = tmp_path / "space.toml", "[space]\nlr = 0.25\n"
+    path.write_bytes(text.encode("utf-8-sig"))
+    assert read_space(path).fields == {"lr": 0.25}
+    for encoding in ("utf-16", "utf-16-le", "latin-1"):
+        path.write_bytes((text + "# \N{LATIN SMALL LETTER E WITH ACUTE}").encode(encoding))
+        with pytest.raises(ConfigError, match=r"space\.toml (is no text in UTF-8|is no TOML)"):
+            read_space(path)
+
+
+def test_what_is_no_file_with_an_end_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(2**40)
+    for name, said in {
+        "pipe": "no regular file",
+        "endless": "no regular file",
+        "huge": "more than 67,108,864 bytes",
+        ".": "Is a directory",
+    }.items():
+        with pytest.raises(ConfigError, match=f"can't read the space file .*{said}"):
+            read_space(tmp_path / name)
 
 
 def test_a_missing_space_file_is_told(tmp_path: Path) -> None:
