@@ -14,6 +14,7 @@ from trainer.config import ConfigError, DataError
 from trainer.data.pictures import read_picture
 from trainer.export.onnx_session import open_session
 from trainer.export.tflite_session import open_tflite
+from trainer.reading import read_small
 
 if TYPE_CHECKING:
     from trainer.export.model import Classifier
@@ -54,7 +55,8 @@ class _Manifest:
 
     def __post_init__(self) -> None:
         names, size = self.class_names, self.input_size
-        _check(all(type(side) is int and 0 < side <= _LONGEST for side in size), "input_size", size)
+        sides = all(type(side) is int and 0 < side <= _LONGEST for side in size)
+        _check(sides and size[0] in (1, 3), "input_size", size)
         _check(bool(names) and all(type(name) is str for name in names), "class_names", names)
         # Whoever made the folder doesn't choose a file outside it.
         plain = self.file not in ("", ".", "..") and Path(self.file).name
@@ -81,7 +83,9 @@ def predict(
     classify = _RUNTIMES[file_format](export_dir / manifest.file)
     predictions: list[Prediction] = []
     for files, pictures in _batches(_pictures(images, manifest.input_size, say)):
-        probabilities = _softmax(classify(np.stack(pictures)))
+        logits = classify(np.stack(pictures))
+        _check_finite(logits, files, export_dir)
+        probabilities = _softmax(logits)
         if probabilities.shape[1] != len(manifest.class_names):
             raise ConfigError(
                 f"{export_dir}: its manifest names {len(manifest.class_names)} classes, the model "
@@ -154,7 +158,7 @@ def _batches(
 def _read_manifest(export_dir: Path, file_format: str) -> _Manifest:
     path = export_dir / "manifest.json"
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(read_small(path))
         formats = values["formats"]
         there = [name for name in _RUNTIMES if formats.get(name) is not None]
         if file_format not in there:
@@ -165,7 +169,7 @@ def _read_manifest(export_dir: Path, file_format: str) -> _Manifest:
         channels, height, width = values["input_size"]
         return _Manifest(
             file=formats[file_format]["file"],
-            class_names=tuple(values["class_names"]),
+            class_names=_listed(values["class_names"]),
             input_size=(channels, height, width),
         )
     except OSError as error:
@@ -174,6 +178,22 @@ def _read_manifest(export_dir: Path, file_format: str) -> _Manifest:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is no manifest of an export") from error
+
+
+def _listed(names: Any) -> tuple[Any, ...]:
+    """Raises TypeError for a text, which has parts, too."""
+    if not isinstance(names, list):
+        raise TypeError(names)
+    return tuple(names)
+
+
+def _check_finite(logits: npt.NDArray[np.float32], files: Sequence[Path], export_dir: Path) -> None:
+    """logits: (N,classes). Raises ConfigError: what isn't a number is the largest of nothing."""
+    if logits.ndim != 2 or len(logits) != len(files):
+        raise ConfigError(f"{export_dir}: its model gives {logits.shape} for {len(files)} images")
+    for file, row in zip(files, logits, strict=True):
+        if not np.isfinite(row).all():
+            raise ConfigError(f"{export_dir}: its model gives no finite logits for {file}")
 
 
 def _softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
@@ -186,4 +206,4 @@ def _softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
 
 def _check(holds: bool, field: str, value: object) -> None:
     if not holds:
-        raise ConfigError(f"the export's manifest can't have {field} {value}")
+        raise ConfigError(f"the export's manifest can't have {field} {str(value)[:80]!r}")

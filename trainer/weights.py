@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trainer.config import ConfigError, TrainConfig
 from trainer.data.dataset import ImageDataset
 from trainer.heads import head_name, is_below
+from trainer.reading import check_regular, read_small
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +92,9 @@ def backbone_of(path: Path) -> str | None:
     """The backbone whose weights an export of ours has; None for other files."""
     folder = path if path.is_dir() else path.parent
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(read_small(folder / "manifest.json"))
         return str(manifest["config"]["backbone"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -105,6 +106,7 @@ def weights_file(path: Path) -> Path:
 def digest(path: Path) -> str:
     """sha256 of the weights' file. Raises ConfigError if it can't be read."""
     try:
+        check_regular(weights_file(path))
         with weights_file(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -118,6 +120,7 @@ def read_weights(path: Path) -> Weights:
     """
     file = weights_file(path)
     try:
+        check_regular(file)
         found = file.stat()
     except OSError as error:
         raise ConfigError(f"weights {path}: {error.strerror}: {file}") from error

@@ -21,6 +21,7 @@ from trainer.config import ConfigError, DataError, TrainConfig
 from trainer.data.dataset import ImageDataset, Split
 from trainer.data.pictures import read_picture
 from trainer.export.folder import export_model
+from trainer.export.publish import check_out
 from trainer.export.snippets import TFLITE, snippet
 
 CLASSES = ("dark", "bright", "猫")
@@ -162,6 +163,85 @@ def test_a_format_that_predict_can_not_run_is_answered_with_those_it_can(
     with pytest.raises(ConfigError, match="it has: onnx, onnx-fp16, onnx-int8, tflite") as refusal:
         predict(export_dir, pictures[:1], file_format=name)
     assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.fixture
+def another(export_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the export, to be spoilt."""
+    return Path(shutil.copytree(export_dir, tmp_path / "export"))
+
+
+def refused_in_one_line(export: Path, picture: Path, file_format: str = "onnx") -> str:
+    with pytest.raises(ConfigError) as refusal:
+        predict(export, [picture], file_format=file_format)
+    assert len(str(refusal.value).splitlines()) == 1
+    assert len(str(refusal.value)) < 500
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.onnx", "model.tflite"])
+def test_an_export_s_file_that_has_no_end_or_never_begins_is_refused_at_once(
+    another: Path, pictures: list[Path], name: str
+) -> None:
+    file_format = "tflite" if name.endswith("tflite") else "onnx"
+    (another / name).unlink()
+    os.mkfifo(another / name)
+    assert "no regular file" in refused_in_one_line(another, pictures[0], file_format)
+    (another / name).unlink()
+    (another / name).symlink_to("/dev/zero")
+    assert "no regular file" in refused_in_one_line(another, pictures[0], file_format)
+    if name == "manifest.json":
+        # an export of ours that is to be replaced is looked at, too
+        with pytest.raises(ConfigError, match="isn't empty and is no older export"):
+            check_out(another)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"class_names": "猫dx"},
+        {"class_names": [1, 2, 3]},
+        {"class_names": {"a": 1, "b": 2, "c": 3}},
+        {"class_names": ["x" * 10**6]},
+        {"input_size": [4096, 4096, 4096]},
+        {"input_size": [1, 8, 10**6]},
+        {"input_size": [1] * 10**5},
+        {"input_size": "188"},
+        {"formats": ["onnx"]},
+        {"formats": {"onnx": {"file": 7}}},
+        {"formats": {"onnx": {"file": "../" * 10**5}}},
+        {"formats": {"onnx": "model.onnx"}},
+    ],
+)
+def test_a_manifest_of_other_types_or_sizes_is_refused(
+    another: Path, pictures: list[Path], changed: dict[str, Any]
+) -> None:
+    path = another / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**manifest, **changed}), encoding="utf-8")
+    refused_in_one_line(another, pictures[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_without_finite_logits_is_refused_with_the_picture(
+    another: Path, pictures: list[Path], value: float
+) -> None:
+    graph = onnx.load(another / "model.onnx")
+    broken = 0
+    for tensor in graph.graph.initializer:
+        weights = onnx.numpy_helper.to_array(tensor)
+        if weights.dtype == np.float32 and weights.size > 3:
+            spoilt = np.full_like(weights, value)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(spoilt, tensor.name))
+            broken += 1
+    assert broken
+    onnx.save(graph, another / "model.onnx")
+    command = [sys.executable, "-P", "-m", "hpo", "predict", str(another), str(pictures[0])]
+    for as_json in ([], ["--json"]):
+        done = subprocess.run([*command, *as_json], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        said = f"hpo: {another}: its model gives no finite logits for {pictures[0]}\n"
+        assert done.stderr == said
 
 
 def test_the_card_s_program_for_tflite_answers_as_predict_does(

@@ -1,6 +1,7 @@
 """Trainings that start from weights, and train a part of the network."""
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from trainer.heads import TwoLayerHead, head_name, num_trained_stages, stage_of
 from trainer.loop import train
 from trainer.optim import make_optimizer, set_lr
 from trainer.reports import ProgressReport
+from trainer.weights import backbone_of, digest, read_weights
 
 SIZE = (1, 8, 8)
 PLAN = DevicePlan(device="cpu", num_threads=1)
@@ -97,6 +99,17 @@ def test_a_first_layer_of_other_channels_is_adapted(weights: Path) -> None:
     picture = torch.randn(4, 1, 8, 8)
     body = [model[:9](x) for model, x in ((grey, picture), (colour, picture.expand(4, 3, 8, 8)))]  # type: ignore[index]
     torch.testing.assert_close(body[0], body[1])
+
+
+def test_weights_that_never_begin_or_have_no_end_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pth")
+    (tmp_path / "endless.pth").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "manifest.json")
+    for name in ("pipe.pth", "endless.pth"):
+        assert backbone_of(tmp_path / name) is None
+        for read in (digest, read_weights):
+            with pytest.raises(ConfigError, match=rf"{name}.*no regular file"):
+                read(tmp_path / name)
 
 
 def test_weights_of_another_network_are_refused_with_the_layers_that_differ(weights: Path) -> None:

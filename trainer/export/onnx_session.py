@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.config import ConfigError
+from trainer.reading import check_regular
 
 if TYPE_CHECKING:
     from trainer.export.model import Classifier
@@ -26,6 +27,7 @@ def open_session(path: Path, *, num_threads: int = 0) -> "Classifier":
     options.intra_op_num_threads = num_threads
     options.log_severity_level = _ERRORS_ONLY
     try:
+        check_regular(path)
         session = onnxruntime.InferenceSession(
             path, sess_options=options, providers=["CPUExecutionProvider"]
         )

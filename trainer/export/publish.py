@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.config import ConfigError
+from trainer.reading import read_small
 
 MADE_BY = "hpo"
 """Stands in the manifest of each export: only such a folder is ever replaced."""
@@ -123,7 +124,7 @@ def _refuse_foreign(target: Path) -> None:
 
 def _is_ours(folder: Path) -> bool:
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
+        manifest = json.loads(read_small(folder / "manifest.json"))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(manifest, dict) and manifest.get("made_by") == MADE_BY

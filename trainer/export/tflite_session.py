@@ -8,9 +8,13 @@ import numpy.typing as npt
 
 from trainer.config import ConfigError
 from trainer.export.extras import missing_extra
+from trainer.reading import read_small
 
 if TYPE_CHECKING:
     from trainer.export.model import Classifier
+
+_LARGEST_BYTES = 2**31
+"""The file format has no more."""
 
 
 def open_tflite(path: Path, *, num_threads: int | None = None) -> "Classifier":
@@ -24,7 +28,9 @@ def open_tflite(path: Path, *, num_threads: int | None = None) -> "Classifier":
     except ImportError as error:
         raise ConfigError(missing_extra("tflite")) from error
     try:
-        interpreter = Interpreter(model_content=path.read_bytes(), num_threads=num_threads)
+        interpreter = Interpreter(
+            model_content=read_small(path, _LARGEST_BYTES), num_threads=num_threads
+        )
         interpreter.allocate_tensors()
         (images_at,) = interpreter.get_input_details()
         (logits_at,) = interpreter.get_output_details()
