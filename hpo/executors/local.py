@@ -27,6 +27,7 @@ from hpo.executors.sockets import short_folder_for_sockets
 from hpo.logs import open_log
 from hpo.streams import open_streams
 from storage.home import home
+from trainer import cores
 
 PRELOADED = "hpo.executors.preloaded"
 LIGHTNING = "lightning.pytorch"
@@ -140,10 +141,11 @@ class LocalExecutor:
                 if claim is not None:
                     self._claims[index] = claim
                 return None
-            cores = _cores()
-            found = claim_core(cores[index % len(cores) :] + cores[: index % len(cores)])
+            own = cores.cores()
+            first = index % len(own)
+            found = claim_core(own[first:] + own[:first])
             if found is None:
-                return cores[index % len(cores)]
+                return own[first]
             self._cores[index], self._claims[index] = found
         return self._cores.get(index)
 
@@ -226,7 +228,7 @@ def settle_down(device: str | None) -> str:
 
     chosen = device or least_used(available_devices())[0]
     if chosen == "cpu":
-        found = claim_core(_cores())
+        found = claim_core(cores.cores())
         if found is not None and hasattr(os, "sched_setaffinity"):
             core, claim = found
             os.environ.setdefault("HPO_WORKER_CORES", str(num_cores()))
@@ -265,8 +267,8 @@ def worker_devices(available: Sequence[str], chosen: str | None, workers: str) -
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(_cores())
+    """Cores that this process may use at once, by its affinity and its container's quota."""
+    return cores.num_cores()
 
 
 def cores_of_all_workers() -> int:
@@ -280,9 +282,3 @@ def cores_of_all_workers() -> int:
     if not (given.isascii() and given.isdecimal() and int(given) > 0):
         raise UsageError(f"HPO_WORKER_CORES must be a whole number >= 1, got {given[:80]!r}")
     return int(given)
-
-
-def _cores() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))

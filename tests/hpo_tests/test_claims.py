@@ -82,7 +82,7 @@ def test_of_several_gpus_the_one_comes_first_that_fewest_workers_use() -> None:
 def test_two_launches_of_one_worker_each_have_a_core_each(
     cores: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hpo.executors.local._cores", lambda: cores)
+    monkeypatch.setattr("trainer.cores.cores", lambda: cores)
     launches = [
         LocalExecutor(
             f"study-{number}",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from trainer.config import DataError
+from trainer.cores import num_cores
 from trainer.data.findings import one_line
 from trainer.data.pictures import decode_picture, read_header
 from trainer.data.similarity import perceptual_hash, small_thumbnail
@@ -136,13 +137,6 @@ def decoders() -> Iterator[Decoders]:
         yield made
     finally:
         made.close()
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _begin() -> None:
