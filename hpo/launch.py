@@ -22,7 +22,7 @@ from hpo.spec import StudySpec, check_study_name
 from hpo.warm_start import starting_points
 from storage.database import Database
 from storage.errors import StudyNotFound
-from storage.home import home
+from storage.leftovers import logs_of, remove_leftovers
 from storage.studies import (
     StudyRecord,
     check_checkpoint_place,
@@ -110,6 +110,8 @@ def prepare_study(
         budget=budget if options.trials else None,
         timeout_seconds=options.timeout_seconds,
     )
+    for folder in remove_leftovers(database):
+        logger.info("removed %s of a study that was deleted", folder)
     return find_study(database, name)
 
 
@@ -192,7 +194,7 @@ def make_executor(
 
 def detach(record: StudyRecord, options: LaunchOptions, *, storage_url: str | None) -> Path:
     """Leave a launcher running in the background; returns its log file."""
-    log = home() / "logs" / f"{record.checkpoint_key:d}" / "launch.log"
+    log = logs_of(record.checkpoint_key) / "launch.log"
     command = [sys.executable, "-P", "-m", "hpo", "launch", "--study", record.name]
     command += ["--workers", options.workers]
     if options.devices:

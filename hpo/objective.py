@@ -51,11 +51,6 @@ class Outcome:
     constraints: Mapping[str, float] = field(default_factory=dict)
     """By name; > 0 is broken, and such a trial is never the best."""
 
-    @property
-    def is_feasible(self) -> bool:
-        """Whether no constraint is broken."""
-        return all(value <= 0 for value in self.constraints.values())
-
 
 @dataclass(frozen=True, kw_only=True)
 class Retraining:
@@ -378,10 +373,7 @@ class TrialRun:
         if self._checkpoints is None:
             return
         try:
-            if outcome.state == TrialState.PRUNED and outcome.is_feasible:
-                self._checkpoints.stop()
-            else:
-                self._checkpoints.remove()
+            self._checkpoints.remove()
         except OSError as error:
             self._do_without_checkpoints(error)
 

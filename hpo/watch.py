@@ -18,6 +18,7 @@ from hpo.status import how_to_go_on
 from storage import leases
 from storage.database import Database
 from storage.errors import DatabaseUnreachable, StorageError
+from storage.leftovers import logs_of, mark
 from storage.snapshots import StudySnapshot, snapshot
 from storage.studies import StudyRecord
 from trainer.config import DataError
@@ -97,6 +98,8 @@ class Watch:
                 self._slots = [_Slot(index=index) for index in range(self.executor.num_workers)]
                 for slot in self._slots:
                     slot.worker = self.executor.start(slot.index)
+                with contextlib.suppress(OSError):
+                    mark(self.database, logs_of(self.record.checkpoint_key))
             with self.view:
                 while self._received is None and self._look():
                     self.executor.wait(self._workers, _POLL_SECONDS)

@@ -25,10 +25,6 @@ _MAGIC = b"hpo checkpoint 1\n"
 _DIGEST_BYTES = 32
 KEPT = 2
 """The newest, and the one before in case the newest is torn."""
-_STOPPED = "stopped"
-"""Marks a trial that stopped at a rung: nobody writes here, and it may be taken up again."""
-MOST_STOPPED_BYTES = 10 * 2**30
-"""What the stopped trials of a study may keep together."""
 
 
 class Checkpoints(Protocol):
@@ -42,9 +38,6 @@ class Checkpoints(Protocol):
 
     def save(self, step: int, payload: bytes) -> None:
         """Keep the state at `step` and the one before it. Raises LeaseLost after a take-over."""
-
-    def stop(self, *, most_bytes: int = MOST_STOPPED_BYTES) -> None:
-        """The trial may be taken up again. Where such trials keep too much, the oldest go."""
 
     def remove(self) -> None:
         """The trial has ended for good."""
@@ -105,7 +98,6 @@ class TrialCheckpoints:
             write_file(half / f"{step:d}.ckpt", payload)
         if not self._own.exists():
             half.rename(self._own)
-        (self._trial / _STOPPED).unlink(missing_ok=True)
         for token in self._tokens():
             if token < self._token:
                 shutil.rmtree(self._trial / f"{token:d}", ignore_errors=True)
@@ -120,21 +112,6 @@ class TrialCheckpoints:
             raise LeaseLost("the checkpoints were taken over") from error
         for _, path in list(_by_step(self._own))[KEPT:]:
             path.unlink(missing_ok=True)
-
-    def stop(self, *, most_bytes: int = MOST_STOPPED_BYTES) -> None:
-        """The trial may be taken up again. Where such trials keep too much, the oldest go."""
-        for _, path in list(_by_step(self._own))[1:]:
-            path.unlink(missing_ok=True)
-        mark = self._trial / _STOPPED
-        mark.unlink(missing_ok=True)
-        mark.touch(exist_ok=False)
-        stopped = sorted(
-            self._trial.parent.glob(f"*/{_STOPPED}"), key=lambda mark: mark.lstat().st_mtime_ns
-        )
-        kept_bytes = [_bytes_below(mark.parent) for mark in stopped]
-        for index, mark in enumerate(stopped):
-            if sum(kept_bytes[index:]) > most_bytes:
-                shutil.rmtree(mark.parent, ignore_errors=True)
 
     def remove(self) -> None:
         """The trial has ended for good."""
@@ -159,10 +136,6 @@ class TrialCheckpoints:
             if payload is not None:
                 found.append((step, payload))
         return found[:KEPT]
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*.ckpt"))
 
 
 def _by_step(folder: Path) -> Iterator[tuple[int, Path]]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from sqlalchemy import Row, text
 
-from storage.checkpoints import KEPT, MOST_STOPPED_BYTES, seal, unseal
+from storage.checkpoints import KEPT, seal, unseal
 from storage.database import Database
 from storage.errors import LeaseLost
 from storage.leases import Lease
@@ -74,11 +74,6 @@ class ObjectCheckpoints:
                 self._store.remove(self._name(row))
             raise
         self._remove(self._rows(_SURPLUS, kept=KEPT))
-
-    def stop(self, *, most_bytes: int = MOST_STOPPED_BYTES) -> None:
-        """The trial may be taken up again. Where such trials keep too much, the oldest go."""
-        self._rows(_BOUND_STOPPED, most=most_bytes)
-        self._remove(self._rows(_TO_GO))
 
     def remove(self) -> None:
         """The trial has ended for good."""
@@ -165,27 +160,11 @@ _DISCARD_ALL = text("""
     RETURNING step
 """)
 
-# One a trial, and of the trials those that stopped last, as far as the bytes reach.
-_BOUND_STOPPED = text("""
-    WITH stopped AS (
-        SELECT c.trial_id, c.token, c.step, c.num_bytes, t.datetime_complete,
-            row_number() OVER (PARTITION BY c.trial_id ORDER BY c.token DESC, c.step DESC) AS age
-        FROM hpo_checkpoints c JOIN trials t USING (trial_id)
-        WHERE t.study_id = :study AND t.state = 'PRUNED' AND c.is_kept),
-    sized AS (
-        SELECT trial_id, token, step, age, sum(num_bytes) FILTER (WHERE age = 1)
-            OVER (ORDER BY datetime_complete DESC, trial_id DESC) AS bytes_so_far FROM stopped)
-    UPDATE hpo_checkpoints c SET is_kept = false FROM sized s
-    WHERE (c.trial_id, c.token, c.step) = (s.trial_id, s.token, s.step)
-        AND (s.age > 1 OR s.bytes_so_far > :most)
-    RETURNING c.step
-""")
-
 # Also what those left behind who died between the end of a trial and the removal.
 _TO_GO = text(f"""
     SELECT {_ROW} FROM hpo_checkpoints c JOIN trials t USING (trial_id)
-    WHERE t.study_id = :study AND (t.state IN ('COMPLETE', 'FAIL')
-        OR (NOT c.is_kept AND (t.state = 'PRUNED' OR c.trial_id = :trial)))
+    WHERE t.study_id = :study AND (t.state IN ('COMPLETE', 'PRUNED', 'FAIL')
+        OR (NOT c.is_kept AND c.trial_id = :trial))
 """)
 
 _FORGET = text("""

@@ -84,7 +84,11 @@ CREATE TABLE hpo_checkpoints (
 -- "which values were reported at this step": the rungs' question at each report
 CREATE INDEX hpo_values_by_step ON trial_intermediate_values (step, trial_id);
 
-CREATE TABLE hpo_schema (version integer NOT NULL);
+CREATE TABLE hpo_schema (
+    version integer NOT NULL,
+    -- tells this database from others that keep files in the same folders
+    database_id uuid NOT NULL DEFAULT gen_random_uuid()
+);
 """
 
 
@@ -99,6 +103,7 @@ _MIGRATIONS: dict[int, str] = {
                 CHECK (state IN ('starting', 'working', 'sick')),
             ADD COLUMN reason text;
         ALTER TABLE hpo_studies ADD COLUMN remembered jsonb NOT NULL DEFAULT '{}';
+        ALTER TABLE hpo_schema ADD COLUMN database_id uuid NOT NULL DEFAULT gen_random_uuid();
     """,
 }
 """What turns the tables of a version into those of the next one; studies and trials stay."""

@@ -5,10 +5,12 @@ The only module that knows which storage a study has, and what of Optuna's insid
 RDBStorage.
 """
 
+import contextlib
 import json
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -19,8 +21,10 @@ from storage import leases, points, results
 from storage.checkpoints import Checkpoints, TrialCheckpoints, checkpoint_root, checkpoint_url
 from storage.database import Database, Result
 from storage.errors import LeaseLost, StorageError, StudyNotFound
+from storage.folders import make_folder
 from storage.kept_states import KeptStates
 from storage.leases import Fence, Lease
+from storage.leftovers import mark
 from storage.object_checkpoints import ObjectCheckpoints
 from storage.object_store import ObjectStore
 from storage.schema import optuna_storage
@@ -139,6 +143,7 @@ class OpenStudy:
         """Raises StudyNotFound if the study is gone."""
         self.record = record
         self._database = database
+        self._is_marked = False
         storage = database.patiently(lambda: optuna_storage(database))
         self._fence = Fence(storage)
         try:
@@ -271,11 +276,20 @@ class OpenStudy:
         key, url = self.record.checkpoint_key, checkpoint_url()
         if url is None:
             root = checkpoint_root()
+            self._mark(root / f"{key:d}")
             return TrialCheckpoints(
                 root, study_key=key, trial_number=trial_number, token=lease.token
             )
         store = ObjectStore.of(url)
         return ObjectCheckpoints(store, self._database, lease, trial_id=trial_id, study_key=key)
+
+    def _mark(self, folder: Path) -> None:
+        """Once: what is wrong with the place is found where a checkpoint is saved."""
+        if not self._is_marked:
+            self._is_marked = True
+            with contextlib.suppress(OSError):
+                make_folder(folder)
+                mark(self._database, folder)
 
 
 def _bound_trial(database: Database, lease: Lease) -> int | None:

@@ -27,6 +27,7 @@ from hpo.executors.sockets import short_folder_for_sockets
 from hpo.logs import open_log
 from hpo.streams import open_streams
 from storage.home import home
+from storage.leftovers import logs_of
 from trainer import cores
 
 PRELOADED = "hpo.executors.preloaded"
@@ -73,7 +74,7 @@ class LocalExecutor:
         self._pins = pins
         self._study_name, self._devices = study_name, devices
         self._command_line = command_line
-        self._logs = home() / "logs" / f"{study_key:d}"
+        self._logs = logs_of(study_key)
         self._environment = {} if storage_url is None else {"HPO_STORAGE": storage_url}
         self._num_started = 0
         # random, too: containers that share a host's name have the same pids

@@ -74,16 +74,6 @@ class CheckpointsContract:
         checkpoints.remove()
         assert place.names() == []
 
-    def test_stopped_trials_keep_one_each_within_a_bound(self, place: "Place") -> None:
-        for trial in range(5):
-            checkpoints = place.begun(trial)
-            for step in (1, 4):
-                checkpoints.save(step, bytes(1000))
-            place.end(trial, "PRUNED")
-            checkpoints.stop(most_bytes=3_500)
-        place.begun(9).save(1, bytes(1000))
-        assert sorted(name.split("/")[-3] for name in place.names()) == ["2", "3", "4", "9"]
-
 
 class Place:
     """How a test class speaks to its place."""

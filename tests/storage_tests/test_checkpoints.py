@@ -129,22 +129,6 @@ def test_a_trial_that_has_ended_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_stopped_trials_keep_one_checkpoint_each_within_a_bound(tmp_path: Path) -> None:
-    for trial in range(6):
-        checkpoints = attempt(tmp_path, trial + 1, trial=trial)
-        checkpoints.take_over()
-        for step in (1, 4):
-            checkpoints.save(step, bytes(1000))
-        checkpoints.stop(most_bytes=3_500)
-    running = attempt(tmp_path, 9, trial=9)
-    running.take_over()
-    running.save(1, bytes(1000))
-    kept = {path.parent.parent.name for path in tmp_path.rglob("*.ckpt")}
-    assert kept == {"3", "4", "5", "9"}
-    assert attempt(tmp_path, 8, trial=4).take_over() == bytes(1000)
-    assert not (tmp_path / "7" / "4" / "stopped").exists()
-
-
 def test_a_root_that_can_not_be_written_is_an_os_error(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
@@ -185,9 +169,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     own = root / "7" / "3" / "1"
     (own / "4.ckpt").symlink_to(victim)
     (own / ".8.ckpt.partial").symlink_to(victim)
-    (root / "7" / "3" / "stopped").symlink_to(victim)
     first.save(4, b"four")
     with pytest.raises(OSError, match="symbolic links"):
         first.save(8, b"eight")
-    first.stop()
     assert victim.read_text() == "untouched"

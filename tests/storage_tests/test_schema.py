@@ -48,6 +48,8 @@ _AS_VERSION_2 = """
     ALTER TABLE hpo_leases DROP COLUMN position, DROP COLUMN errors, DROP COLUMN last_error,
         DROP COLUMN refused_by;
     ALTER TABLE hpo_workers DROP COLUMN place, DROP COLUMN state, DROP COLUMN reason;
+    ALTER TABLE hpo_studies DROP COLUMN remembered;
+    ALTER TABLE hpo_schema DROP COLUMN database_id;
     UPDATE hpo_schema SET version = 2;
 """
 
