@@ -1,10 +1,9 @@
 """What deleted studies have left among the files: their logs and checkpoints.
 
-A study may be deleted by anybody who reaches the database, with Optuna's own tools or the dashboard,
-which know nothing of files. So each folder of a study says which database its study is in, and
-whoever launches a study there removes the folders of those that are gone. Folders of other
-databases, which may share the place, and folders that don't say whose they are stay. Objects in a
-store stay, too.
+A study may be deleted with Optuna's own tools or the dashboard, which know nothing of files. So
+each folder of a study says which database its study is in, and whoever launches a study there
+removes the folders of those that are gone. Folders of other databases, which may share the place,
+and folders that don't say whose they are stay. Objects in a store stay, too.
 """
 
 import contextlib

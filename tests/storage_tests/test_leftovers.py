@@ -66,6 +66,6 @@ def test_a_link_in_the_place_of_a_studys_folder_is_neither_marked_nor_followed(
     assert remove_leftovers(database) == [logs]
     assert (elsewhere / "database").exists()
     (elsewhere / "database").unlink()
-    with pytest.raises(OSError, match="Not a directory|symbolic links"):
+    with pytest.raises(OSError, match=r"Not a directory|symbolic links"):
         mark(database, checkpoints)
     assert not (elsewhere / "database").exists()
