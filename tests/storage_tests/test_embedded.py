@@ -233,8 +233,36 @@ def test_the_cause_of_a_failed_start_is_told_and_it_is_not_tried_again(folder: P
     assert log.read_text()[before:].count("FATAL") == 1
 
 
+def test_the_cause_of_a_recovery_that_fails_is_told(folder: Path) -> None:
+    server = EmbeddedPostgres(folder / "pg")
+    user = User(folder / "pg")
+    user.wait_until_joined()
+    os.kill(postmaster_of(server), signal.SIGKILL)
+    for segment in (server.data / "pg_wal").iterdir():
+        if segment.is_file():
+            segment.unlink()
+    with pytest.raises(DatabaseUnreachable, match=r"start: could not locate a valid checkpoint re"):
+        server.ensure()
+    user.leave()
+
+
 def test_the_cause_of_a_failed_initdb_is_told(folder: Path) -> None:
-    # a folder on a full disk, an immutable one: here a file where initdb has its own to make
+    limit = ["sh", "-c", 'ulimit -f 2000; exec "$@"', "sh"]  # as a full disk, while it makes files
+    failed = subprocess.run(
+        [*limit, sys.executable, "-c", _USER, str(folder / "pg")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = failed.stderr.splitlines()[-1]
+    assert told.startswith("storage.errors.StorageError: can't make the embedded Postgres: ")
+    assert "File" in told
+    assert f"see {folder / 'pg' / 'initdb.log'}, set HPO_HOME or give --storage" in told
+    assert not (folder / "pg" / "data").exists()
+    started_and_stopped(folder / "pg")
+
+
+def test_a_file_in_the_place_of_the_data_is_told(folder: Path) -> None:
     (folder / "pg").mkdir()
     (folder / "pg" / "data").write_text("")
     with pytest.raises(
