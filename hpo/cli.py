@@ -456,13 +456,21 @@ def doctor(
     space: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="As for launch.")] = None,
     backbone: Annotated[str | None, typer.Option(metavar="A,B", help="As for launch.")] = None,
     module: Modules = None,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="EXPORT|FILE", help="As for launch.")
+    ] = None,
     folds: Annotated[int | None, typer.Option(metavar="K", help="As for launch.")] = None,
+    max_params: Annotated[float | None, typer.Option(help="As for launch.")] = None,
+    max_megabytes: Annotated[float | None, typer.Option(help="As for launch.")] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(help="As for launch.")] = None,
+    pruner: Pruner = None,
     settings: Settings = None,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
     """Before a night is spent: look at database, hardware, data and space; forecast the end."""
     from hpo.doctor import examine
+    from hpo.limits import Limits
     from hpo.options import LaunchOptions
     from hpo.progress import reading_bar
     from hpo.search import SearchOptions
@@ -478,8 +486,12 @@ def doctor(
         space=space,
         backbones=backbone,
         modules=module,
+        weights=weights,
         folds=folds,
-        search=SearchOptions(settings=tuple(settings or ())),
+        limits=Limits(
+            max_params=max_params, max_megabytes=max_megabytes, max_latency_ms=max_latency_ms
+        ),
+        search=SearchOptions(pruner=pruner, settings=tuple(settings or ())),
     )
     found = []
     with reading_bar(sys.stderr) as progress:

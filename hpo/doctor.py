@@ -25,7 +25,7 @@ from hpo.speeds import Crew
 from storage.database import Database
 from storage.home import home
 from storage.schema import ensure_tables
-from trainer.config import DataError, DeviceBusy, TrainingFailure
+from trainer.config import DataError, DeviceBusy, TrainConfig, TrainingFailure
 from trainer.data.options import Progress
 from trainer.data.registry import settled_source
 
@@ -86,7 +86,7 @@ def examine(
         work = work_of_an_epoch(dataset, folds=spec.folds, seed=spec.seed)
         yield from _folds(spec, work)
         yield from _space(spec, dataset, work)
-        yield from _guarded("speed", lambda: _speed(spec, options, work))
+        yield from _guarded("speed", lambda: _speed(spec, options, dataset, work))
 
 
 def _guarded(about: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -227,24 +227,33 @@ def _beyond_the_data(spec: StudySpec, data: "ImageDataset", num_train: int) -> I
         yield f"a batch of {largest} is more than the {num_train} images there are"
 
 
-def _speed(spec: StudySpec, options: LaunchOptions, work: "EpochWork") -> Iterator[Finding]:
-    """Images per second of each backbone with all workers busy, and when the study ends."""
+def _speed(
+    spec: StudySpec, options: LaunchOptions, data: "ImageDataset", work: "EpochWork"
+) -> Iterator[Finding]:
+    """Images per second of what trials can be, with all workers busy, and when the study ends."""
     devices = devices_of_workers(spec, options, lambda _: None)
     yield from _hardware(devices, work.image_bytes)
     paces: dict[str, Pace] = {}
+    num_refused = 0
+    trainable = spec.space.choices("trainable")
     with Crew(spec, devices) as crew:
         for backbone in spec.space.choices("backbone"):
-            try:
-                found = crew.speeds(backbone, seconds=PROBE_SECONDS)
-            except (DeviceBusy, TrainingFailure) as failure:
-                yield Finding(about="speed", level="problem", text=f"{backbone}: {failure}",
-                              code=ExitCode.USAGE)  # fmt: skip
+            complaint = _above_a_limit(spec, backbone, data, devices[0])
+            if complaint is not None:
+                num_refused += len(trainable)
+                yield Finding(about="speed", level="warning", text=complaint)
                 continue
-            paces[backbone] = Pace(
-                train=statistics.fmean(speed.train for speed in found),
-                evaluate=statistics.fmean(speed.evaluate for speed in found),
-            )
-            yield _pace(backbone, paces[backbone], found, work)
+            for parts in trainable:
+                what = backbone if len(trainable) == 1 else f"{backbone}, trainable = {parts}"
+                try:
+                    found = crew.speeds(backbone, seconds=PROBE_SECONDS, trainable=parts)
+                except (DeviceBusy, TrainingFailure) as failure:
+                    num_refused += 1
+                    yield Finding(about="speed", level="problem", text=f"{what}: {failure}",
+                                  code=ExitCode.USAGE)  # fmt: skip
+                    continue
+                paces[what] = _pace_of(spec, found)
+                yield _pace(what, paces[what], found, work)
     if paces:
         num_trials = options.trials or DEFAULT_BUDGET
         end = forecast(
@@ -255,19 +264,55 @@ def _speed(spec: StudySpec, options: LaunchOptions, work: "EpochWork") -> Iterat
             num_val=work.num_checked,
             num_val_early=work.num_checked_early,
             paces=paces,
+            num_refused=num_refused,
         )
         yield Finding(about="end", level="ok", text=_end(end, num_trials, len(devices)))
 
 
-def _pace(backbone: str, pace: Pace, found: "Sequence[Speed]", work: "EpochWork") -> Finding:
+def _above_a_limit(spec: StudySpec, backbone: str, data: "ImageDataset", device: str) -> str | None:
+    """Why trials of this backbone train nothing; None if they train."""
+    from trainer.footprint import measure_footprint
+
+    if not spec.limits.given():
+        return None
+    footprint = measure_footprint(
+        TrainConfig.from_dict({**spec.space.middle(), "backbone": backbone}),
+        input_size=data.input_size,
+        num_classes=data.num_classes,
+        device=device,
+        times_latency=spec.limits.max_latency_ms is not None,
+    )
+    complaint = spec.limits.complaint(footprint)
+    if complaint is None:
+        return None
+    return f"{backbone} has {complaint}: its trials end before their first epoch"
+
+
+def _pace_of(spec: StudySpec, found: "Sequence[Speed]") -> Pace:
+    """The mean of all workers."""
+    features = [speed.features for speed in found if speed.features is not None]
+    fields = spec.space.middle()
+    return Pace(
+        train=statistics.fmean(speed.train for speed in found),
+        evaluate=statistics.fmean(speed.evaluate for speed in found),
+        features=statistics.fmean(features) if features else None,
+        shares_features=bool(fields.get("weights") or fields.get("pretrained")),
+    )
+
+
+def _pace(what: str, pace: Pace, found: "Sequence[Speed]", work: "EpochWork") -> Finding:
     one = found[0]
     layout = " channels_last" if one.channels_last else ""
     split = f", {one.micro_batch} images at once" if one.micro_batch else ""
+    once = ""
+    if pace.features is not None:
+        seconds = (work.num_trained + work.num_checked) / pace.features
+        once = f" after {seconds:,.2g} s for the features of all images"
     return Finding(
         about="speed",
         level="ok",
-        text=f"{backbone}: {pace.train:,.0f} images/s a worker with {len(found)} at work, "
-        f"{work.num_trained / pace.train:,.0f} s an epoch ({one.precision}{layout}{split})",
+        text=f"{what}: {pace.train:,.0f} images/s a worker with {len(found)} at work, "
+        f"{work.num_trained / pace.train:,.0f} s an epoch ({one.precision}{layout}{split}){once}",
     )
 
 

@@ -2,9 +2,10 @@
 
 import random
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
+from hpo.pruners import MEDIAN_STARTS, brackets
 from hpo.rungs import STEPS_PER_EPOCH, is_rung, judge
 from hpo.spec import StudySpec
 
@@ -21,6 +22,11 @@ class Pace:
 
     train: float
     evaluate: float
+    features: float | None = None
+    """Images whose features a frozen network computes, before the head is trained on them; None:
+    each epoch goes through the network."""
+    shares_features: bool = False
+    """Whether all trials of a worker have the same ones, as with weights that they start from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,27 +46,36 @@ def forecast(
     num_val: int,
     num_val_early: int,
     paces: Mapping[str, Pace],
+    num_refused: int = 0,
 ) -> Forecast:
-    """Epochs and seconds of a study whose trials draw their backbones evenly from `paces`.
+    """Epochs and seconds of a study whose trials draw evenly from `paces` and what is refused.
 
-    The rungs are the study's own, run on trials of random quality. num_val_early: images of the
-    report at a quarter epoch.
+    The pruner is the study's own, run on trials of random quality. num_val_early: images of the
+    report at a quarter epoch. num_refused: how many there are beside `paces` that break a limit, or
+    can't be trained: a trial of these trains no epoch.
     """
-    num_epochs, num_reports = expected_epochs(spec, num_trials)
+    num_trained = num_trials * len(paces) / (len(paces) + num_refused)
+    num_epochs, num_reports = expected_epochs(spec, num_trained)
     train = statistics.fmean(num_train / pace.train for pace in paces.values())
     check = statistics.fmean(num_val / pace.evaluate for pace in paces.values())
     early = statistics.fmean(num_val_early / pace.evaluate for pace in paces.values())
-    checks = (num_reports - num_trials) * check + num_trials * early
-    work = num_epochs * train + checks + num_trials * TRIAL_SECONDS
+    checks = (num_reports - num_trained) * check + num_trained * early
+    looked_at = num_train + num_val
+    features = sum(
+        looked_at / pace.features * (num_workers if pace.shares_features else each)
+        for pace in paces.values()
+        if pace.features and (each := num_trained / len(paces))
+    )
+    work = num_epochs * train + checks + features + num_trials * TRIAL_SECONDS
     # the last ones in full are alone: nothing is left for the other workers
     longest = spec.epochs * (train + check)
     tail = longest * (num_workers - 1) / (2 * num_workers)
     return Forecast(num_epochs=num_epochs, seconds=work / num_workers + tail)
 
 
-def expected_epochs(spec: StudySpec, num_trials: int) -> tuple[float, float]:
+def expected_epochs(spec: StudySpec, num_trials: float) -> tuple[float, float]:
     """Epochs and reports of a study of so many trials, on average over simulated ones."""
-    simulated = min(num_trials, _MOST_SIMULATED)
+    simulated = min(max(1, round(num_trials)), _MOST_SIMULATED)
     rounds = [_simulate(spec, simulated, random.Random(seed)) for seed in range(_ROUNDS)]
     scale = num_trials / simulated
     epochs, reports = zip(*rounds, strict=True)
@@ -70,22 +85,65 @@ def expected_epochs(spec: StudySpec, num_trials: int) -> tuple[float, float]:
 def _simulate(spec: StudySpec, num_trials: int, chance: random.Random) -> tuple[float, int]:
     last = spec.epochs * STEPS_PER_EPOCH
     steps = [1, *range(STEPS_PER_EPOCH, last + 1, STEPS_PER_EPOCH)]
-    reached: dict[int, list[float]] = {}
+    past = _Past(spec)
     num_steps = num_reports = 0
-    for _ in range(num_trials):
+    for number in range(num_trials):
         quality = chance.random()
         for step in steps:
             num_reports += 1
-            if step == last or not _goes_on(spec, step, quality, reached):
-                num_steps += step
-                break
+            if step == last:
+                past.complete.append(quality)
+            elif _PRUNERS[spec.pruner](past, number, step, quality):
+                continue
+            num_steps += step
+            break
     return num_steps / STEPS_PER_EPOCH, num_reports
 
 
-def _goes_on(spec: StudySpec, step: int, quality: float, reached: dict[int, list[float]]) -> bool:
-    if not is_rung(step, first=spec.first_rung, num_epochs=spec.epochs, eta=spec.eta):
+@dataclass
+class _Past:
+    """What a simulated study knows of the trials before."""
+
+    spec: StudySpec
+    reached: dict[tuple[int, int], list[float]] = field(default_factory=dict)
+    """Qualities at a bracket's rung."""
+    complete: list[float] = field(default_factory=list)
+
+
+def _rungs(past: _Past, _number: int, step: int, quality: float) -> bool:
+    return _at_rung(past, 0, past.spec.first_rung, step, quality)
+
+
+def _hyperband(past: _Past, number: int, step: int, quality: float) -> bool:
+    spec = past.spec
+    (index,) = (i for i, bracket in enumerate(brackets(spec)) if bracket.holds(number))
+    return _at_rung(past, index, spec.first_rung * spec.eta**index, step, quality)
+
+
+def _median(past: _Past, _number: int, step: int, quality: float) -> bool:
+    if step < past.spec.first_rung or len(past.complete) < MEDIAN_STARTS:
         return True
-    others = reached.setdefault(step, [])
+    return quality >= statistics.median(past.complete)
+
+
+def _none(_past: _Past, _number: int, _step: int, _quality: float) -> bool:
+    return True
+
+
+_PRUNERS: Mapping[str, Callable[[_Past, int, int, float], bool]] = {
+    "rungs": _rungs,
+    "median": _median,
+    "hyperband": _hyperband,
+    "none": _none,
+}
+"""Whether a trial of this number and quality goes on after this step: as hpo.pruners does it."""
+
+
+def _at_rung(past: _Past, bracket: int, first: int, step: int, quality: float) -> bool:
+    spec = past.spec
+    if not is_rung(step, first=first, num_epochs=spec.epochs, eta=spec.eta):
+        return True
+    others = past.reached.setdefault((bracket, step), [])
     verdict = judge(
         step=step,
         value=quality,

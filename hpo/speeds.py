@@ -2,9 +2,9 @@
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from hpo.executors.local import warm_up
 from hpo.spec import StudySpec
@@ -35,15 +35,13 @@ class Crew:
         self._pool.terminate()
         self._pool.join()
 
-    def speeds(
-        self, backbone: str, *, seconds: float, batch_size: int | None = None
-    ) -> "list[Speed]":
-        """One a process, all at once. batch_size: None is the space's middle one.
+    def speeds(self, backbone: str, *, seconds: float, **fields: Any) -> "list[Speed]":
+        """One a process, all at once. fields: of the training; others have the space's middle.
 
         Raises TrainingFailure or DeviceBusy if it can't be trained.
         """
         jobs = [
-            (self._spec, backbone, device, index, seconds, batch_size)
+            (self._spec, backbone, device, index, seconds, fields)
             for index, device in enumerate(self._devices)
         ]
         return self._pool.starmap(_measure, jobs, chunksize=1)
@@ -59,7 +57,7 @@ def _measure(
     device: str,
     index: int,
     seconds: float,
-    batch_size: int | None,
+    fields: Mapping[str, Any],
 ) -> "Speed":
     """In a process of its own, pinned as a worker is."""
     from trainer.speed import measure_speed
@@ -67,11 +65,9 @@ def _measure(
     if device == "cpu" and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[index % len(cores)]})
-    fields = {**spec.space.middle(), "backbone": backbone}
-    if batch_size is not None:
-        fields["batch_size"] = batch_size
+    config = TrainConfig.from_dict({**spec.space.middle(), "backbone": backbone, **fields})
     return measure_speed(
-        TrainConfig.from_dict(fields),
+        config,
         spec.load_data(),
         device=device,
         seconds=seconds,

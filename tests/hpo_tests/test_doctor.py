@@ -29,6 +29,30 @@ def test_a_healthy_study_has_no_warning_and_a_forecast(hpo: Hpo) -> None:
     assert "a round trip takes" in by_subject["database"]["text"]
 
 
+def test_the_forecast_is_of_the_studys_pruner_limits_and_frozen_parts(
+    hpo: Hpo, tmp_path: Path
+) -> None:
+    space = tmp_path / "space.toml"
+    space.write_text(
+        "[space]\nlr = { low = 1e-4, high = 1e-2, log = true }\nbatch_size = [32, 64]\n"
+        'backbone = ["smallcnn", "resnet20"]\nepochs = 6\ntrainable = ["all", "head"]\n'
+        "flip = false\ntranslate = 0\n"
+    )
+    options = ("--space", str(space), "--trials", "20", "--pruner", "none", "--max-params", "1e5")
+    done = hpo.run("doctor", *options, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    small, smalls_head, large = [each for each in found if each["about"] == "speed"]
+    assert small["text"].startswith("smallcnn, trainable = all: ")
+    assert smalls_head["text"].startswith("smallcnn, trainable = head: ")
+    assert "s for the features of all images" in smalls_head["text"]
+    assert large["level"] == "warning"
+    assert "above --max-params 100,000" in large["text"]
+    (end,) = [each["text"] for each in found if each["about"] == "end"]
+    # half of the trials are of the network that is too large, the others have six epochs each
+    assert "(60 epochs in all)" in end
+
+
 def test_a_database_that_is_not_there_and_data_that_is_none_are_both_said(tmp_path: Path) -> None:
     hpo = Hpo(tmp_path, {"HPO_STORAGE": f"postgresql://nobody@127.0.0.1:{free_port()}/none"})
     done = hpo.run("doctor", "--data", str(tmp_path / "nothing"))
