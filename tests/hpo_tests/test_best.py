@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from hpo import candidates
 from hpo.best import BestOptions, export_best, known_best
@@ -15,14 +16,16 @@ from hpo.errors import ExitCode, Interrupted, NoTrialError, UsageError
 from hpo.launch import prepare_study
 from hpo.limits import Limits
 from hpo.options import LaunchOptions
+from hpo.recheck import runs_of
 from hpo.replay import replay_trial
 from hpo.search import SearchOptions
 from hpo.worker import Worker
 from storage.database import Database
 from storage.schema import ensure_tables
 from storage.snapshots import StudySnapshot, TrialSnapshot, snapshot
+from storage.starting_points import KEY, add_starting_points
 from storage.studies import StudyRecord, find_studies, find_study, request_stop
-from tests.parts import url_of
+from tests.parts import make_study, url_of
 from trainer.config import ConfigError
 from trainer.data import registry
 from trainer.data.dataset import ImageDataset, Split
@@ -262,3 +265,20 @@ def test_a_study_with_nothing_to_choose_from_is_said(database: Database, tmp_pat
             run_workers=lambda child, **_: work(database, child),
             say=print,
         )
+
+
+def test_re_checks_of_a_candidate_come_in_the_order_of_their_seeds(
+    database: Database,
+) -> None:
+    keys = ["3/2", "3/10", "3/1", "30/1"]
+    record = make_study(database, name="study")
+    child = make_study(database, name=f"study:recheck-{record.study_id}", budget=len(keys))
+    add_starting_points(database, child, {key: {} for key in keys})
+    with database.engine.begin() as connection:
+        connection.execute(text("UPDATE trials SET state = 'COMPLETE'"))
+    trial = TrialSnapshot(
+        trial_id=1, number=3, state="COMPLETE", value=0.9, params={}, attributes={}, steps=(),
+        values=(), is_feasible=True, attempts=1, seconds=1.0, images_per_second=1.0,
+    )  # fmt: skip
+    found = runs_of(database, record, candidates.Candidate(trial=trial))
+    assert [run.attributes[KEY] for run in found] == ["3/1", "3/2", "3/10"]

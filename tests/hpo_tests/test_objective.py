@@ -160,3 +160,41 @@ def test_a_trial_says_how_much_it_computed_and_where_its_seconds_went(
     share = mfu(now)
     assert share is not None
     assert 0 < share < 1
+
+
+def test_all_trials_of_a_study_are_computed_as_its_first_one_was(
+    database: Database, digits: ImageDataset, study: OpenStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the probe finds later, when the machine is busier, or measured anew."""
+    found = [
+        DevicePlan(device="cpu", channels_last=channels_last).to_dict()
+        for channels_last in (True, False, False)
+    ]
+    monkeypatch.setattr("hpo.objective.measured_once", lambda *_: found.pop(0))
+    for _ in range(2):
+        run(database, study, digits)
+    other = OpenStudy(database, create_study(database, "other", spec=SPEC.to_json(), budget=1))
+    run(database, other, digits)
+    chosen = [
+        trial.attributes["plan"]["channels_last"]
+        for record in (study.record, other.record)
+        for trial in snapshot(database, record.study_id).trials
+    ]
+    assert chosen == [True, True, False]
+
+
+def test_a_precision_of_the_users_choice_is_not_measured(
+    database: Database, digits: ImageDataset, study: OpenStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(what: str, *_: object) -> float:
+        assert what.startswith("peak of"), what
+        return 1e9
+
+    monkeypatch.setattr("hpo.objective.measured_once", measured)
+    monkeypatch.setattr("hpo.utilisation.measured_once", measured)
+    spec = dataclasses.replace(SPEC, precision="fp32")
+    lease = claim(database, study.record)
+    TrialRun(study, spec, lease, digits, device="cpu", pulse=lambda: None).run()
+    (trial,) = snapshot(database, study.record.study_id).trials
+    assert trial.attributes["plan"]["precision"] == "fp32"
+    assert trial.attributes["plan"]["channels_last"] is True

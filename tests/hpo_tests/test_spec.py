@@ -5,7 +5,7 @@ import pytest
 
 from hpo.errors import UsageError
 from hpo.space import SearchSpace
-from hpo.spec import StudySpec, check_study_name
+from hpo.spec import StudySpec, can_work_together, check_study_name
 from trainer.data.options import DataOptions
 
 SPEC = StudySpec(
@@ -37,6 +37,45 @@ def test_a_study_of_another_version_is_refused(part: str) -> None:
         values["versions"][part] = "99"
     with pytest.raises(UsageError, match=f"made with {part} 99"):
         StudySpec.from_json(values)
+
+
+@pytest.mark.parametrize(
+    ("made_with", "here", "together"),
+    [
+        ("0.1.0", "0.1.7", True),
+        ("0.1.7", "0.1.0", True),
+        ("0.1.0", "0.2.0", False),
+        ("1.1.0", "0.1.0", False),
+        ("0.1.0", "0.10.0", False),
+        ("0.1.0.dev1", "0.1.0", True),
+        (3, 3, True),
+        (3, 4, False),
+        (None, "0.1.0", False),
+    ],
+)
+def test_releases_that_differ_in_their_patch_number_work_together(
+    made_with: object, here: object, together: bool
+) -> None:
+    assert can_work_together(made_with, here) is together
+
+
+def test_a_study_made_by_a_patch_release_goes_on() -> None:
+    values = SPEC.to_json()
+    for name, version in SPEC.versions.items():
+        values["versions"][name] = version.rpartition(".")[0] + ".99"
+    assert StudySpec.from_json(values).space == SPEC.space
+
+
+def test_a_spec_with_fields_of_a_later_release_is_refused_by_their_names() -> None:
+    with pytest.raises(UsageError, match="which knows of haste: update hpo here"):
+        StudySpec.from_json({**SPEC.to_json(), "haste": 3})
+
+
+def test_a_precision_that_there_is_not_is_refused() -> None:
+    with pytest.raises(UsageError, match="unknown precision 'fp8'"):
+        dataclasses.replace(SPEC, precision="fp8")
+    assert SPEC.given_precision is None
+    assert dataclasses.replace(SPEC, precision="bf16").given_precision == "bf16"
 
 
 def test_only_given_options_are_compared() -> None:
