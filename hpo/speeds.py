@@ -3,9 +3,12 @@
 import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from hpo.errors import WorkersDie
 from hpo.executors.local import warm_up
 from hpo.spec import StudySpec
 from trainer.config import TrainConfig, is_module
@@ -21,7 +24,10 @@ class Crew:
         """devices: one a process, by torch's names, the same one as often as wanted."""
         self._spec, self._devices = spec, devices
         warm_up(for_modules=any(map(is_module, spec.space.choices("backbone"))))
-        self._pool = multiprocessing.get_context("forkserver").Pool(len(devices))
+        # not multiprocessing's Pool: it replaces processes that die at once, for ever
+        self._pool = ProcessPoolExecutor(
+            len(devices), mp_context=multiprocessing.get_context("forkserver")
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -32,23 +38,27 @@ class Crew:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._pool.terminate()
-        self._pool.join()
+        self._pool.shutdown(cancel_futures=True)
 
     def speeds(self, backbone: str, *, seconds: float, **fields: Any) -> "list[Speed]":
         """One a process, all at once. fields: of the training; others have the space's middle.
 
-        Raises TrainingFailure or DeviceBusy if it can't be trained.
+        Raises TrainingFailure or DeviceBusy if it can't be trained, WorkersDie if a process dies.
         """
         jobs = [
-            (self._spec, backbone, device, index, seconds, fields)
+            self._pool.submit(_measure, self._spec, backbone, device, index, seconds, fields)
             for index, device in enumerate(self._devices)
         ]
-        return self._pool.starmap(_measure, jobs, chunksize=1)
+        try:
+            return [job.result() for job in jobs]
+        except BrokenProcessPool as error:
+            raise WorkersDie(
+                f"a process that measured {backbone} died: perhaps there is too little memory"
+            ) from error
 
     def memory_share(self) -> float:
         """Of the first device's memory, what is taken while all these processes hold theirs."""
-        return self._pool.apply(_memory_share, (self._devices[0],))
+        return self._pool.submit(_memory_share, self._devices[0]).result()
 
 
 def _measure(
