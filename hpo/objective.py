@@ -34,7 +34,7 @@ from trainer.folds import FoldsReport, FoldsState, train_folds
 from trainer.footprint import Footprint, measure_footprint
 from trainer.loop import train
 from trainer.reports import ProgressReport
-from trainer.state import CheckpointError, TrainState, is_underway, read_history
+from trainer.state import CheckpointError, TrainState, read_progress
 
 logger = logging.getLogger(__name__)
 CHECKPOINT_SECONDS = 15.0
@@ -169,10 +169,11 @@ class TrialRun:
         return self._train(config, None)
 
     def _train(self, config: TrainConfig, resume: bytes | None) -> Outcome:
-        history = read_history(resume) if resume else []
+        progress = None if resume is None else read_progress(resume)
+        history = [] if progress is None else progress.history
         for past in history:
             self._report(past)  # one of them may be missing: checkpoints are written first
-        decided = resume is not None and is_underway(resume)  # it was told to go on
+        decided = progress is not None and progress.is_underway  # it was told to go on
         outcome = self._outcome(history[-1]) if history and not decided else None
         if outcome is not None:
             self._final = resume
@@ -183,7 +184,8 @@ class TrialRun:
         with self._spent.on("setup"):
             plan = self._plan(config)
         with contextlib.closing(self._reports(config, plan, resume)) as reports:
-            for report in self._spent.reports(reports, history):
+            seconds = 0.0 if progress is None else progress.seconds
+            for report in self._spent.reports(reports, history, seconds_before=seconds):
                 if report.finished and self._retraining is not None:
                     self._final = report.state.to_bytes()
                 with self._spent.on("checkpoints"):

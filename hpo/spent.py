@@ -40,15 +40,23 @@ class Spent:
             self.seconds[part] += time.perf_counter() - started
 
     def reports(
-        self, reports: Generator[Report, None, None], history: Sequence[Mapping[str, Any]]
+        self,
+        reports: Generator[Report, None, None],
+        history: Sequence[Mapping[str, Any]],
+        *,
+        seconds_before: float,
     ) -> Iterator[Report]:
-        """The reports as they come, their seconds counted. history: of earlier attempts."""
-        before = history[-1]["seconds"] if history else 0.0
+        """The reports as they come, their seconds counted.
+
+        history: of earlier attempts, which spent seconds_before. What is counted meanwhile on
+        another part, as checkpoints within an epoch are, is no set-up.
+        """
+        before = seconds_before
         images = history[-1]["images_seen"] if history else 0
         while True:
-            started = time.perf_counter()
+            started, elsewhere = time.perf_counter(), sum(self.seconds.values())
             report = next(reports, None)
-            taken = time.perf_counter() - started
+            taken = time.perf_counter() - started - (sum(self.seconds.values()) - elsewhere)
             if report is None:
                 self.seconds["setup"] += taken
                 return

@@ -220,12 +220,28 @@ def _position(step: int, next_batch: int | None) -> int:
     return step * _MOST_BATCHES + (0 if next_batch is None else 1 + next_batch)
 
 
-def is_underway(content: bytes) -> bool:
-    """Whether the training was saved after it had gone on from its newest report.
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a checkpoint's training is."""
 
-    Raises CheckpointError.
-    """
-    return bool(open_checkpoint(content, _KEYS, FOLDS_KEYS, MODULE_KEYS).get("underway"))
+    history: list[dict[str, Any]]
+    """The reports made until then, oldest first, as plain values."""
+    is_underway: bool
+    """Whether the training has gone on from the newest of them."""
+    seconds: float
+    """Spent so far, by all attempts together."""
+
+
+def read_progress(content: bytes) -> Progress:
+    """Of a checkpoint of any kind. Raises CheckpointError."""
+    saved = open_checkpoint(content, _KEYS, FOLDS_KEYS, MODULE_KEYS)
+    underway = saved.get("underway")
+    if "folds" in saved:
+        folds = [fold.numpy().tobytes() for fold in saved["folds"]]
+        seconds = sum(read_progress(fold).seconds for fold in folds if fold)
+    else:
+        seconds = saved["seconds"] + (underway["seconds"] if underway else 0.0)
+    return Progress(history=saved["history"], is_underway=bool(underway), seconds=seconds)
 
 
 def identity_of(data: ImageDataset) -> list[Any]:

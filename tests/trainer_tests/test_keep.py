@@ -14,7 +14,7 @@ from trainer.data.dataset import ImageDataset
 from trainer.device import DevicePlan
 from trainer.loop import train
 from trainer.reports import ProgressReport
-from trainer.state import CheckpointError, TrainState
+from trainer.state import CheckpointError, TrainState, read_progress
 
 PLAN = DevicePlan(device="cpu", channels_last=True)
 BASE = {"backbone": "smallcnn", "batch_size": 4, "epochs": 2}
@@ -240,3 +240,13 @@ def test_reports_that_the_caller_lacks_come_again_first() -> None:
     finished = whole[-1].state.to_bytes()
     (last,) = train(config, data, PLAN, resume=finished, reported=8)
     assert last.to_dict() == whole[-1].to_dict()
+
+
+def test_a_checkpoint_says_how_far_its_training_is() -> None:
+    reports, saved = run(config_of(), random_data(8))
+    first, middle = read_progress(saved[0]), read_progress(saved[-1])
+    assert (first.history, first.is_underway) == ([], True)
+    assert first.seconds < middle.seconds < reports[-1].seconds
+    whole = read_progress(reports[-1].state.to_bytes())
+    assert (whole.history, whole.is_underway) == (reports[-1].state.history, False)
+    assert whole.seconds == reports[-1].seconds
