@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import signal
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,20 +11,20 @@ from sqlalchemy import text
 
 from hpo import candidates
 from hpo.best import BestOptions, export_best, known_best
-from hpo.errors import ExitCode, Interrupted, NoTrialError, UsageError
+from hpo.errors import Interrupted, NoTrialError, UsageError
 from hpo.launch import prepare_study
 from hpo.limits import Limits
 from hpo.options import LaunchOptions
 from hpo.recheck import runs_of
 from hpo.replay import replay_trial
 from hpo.search import SearchOptions
-from hpo.worker import Worker
 from storage.database import Database
 from storage.schema import ensure_tables
 from storage.snapshots import StudySnapshot, TrialSnapshot, snapshot
 from storage.starting_points import KEY, add_starting_points
 from storage.studies import StudyRecord, find_studies, find_study, request_stop
 from tests.parts import make_study, url_of
+from tests.workers import work
 from trainer.config import ConfigError
 from trainer.data import registry
 from trainer.data.dataset import ImageDataset, Split
@@ -45,17 +44,6 @@ def watched_digits(seed: int, *_: object) -> ImageDataset:
         return data.open_test()
 
     return dataclasses.replace(data, open_test=open_test)
-
-
-def work(database: Database, record: StudyRecord) -> StudySnapshot:
-    """A worker's life, until nothing is left for it."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        assert Worker(database, record.name, device="cpu").run() is ExitCode.DONE
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return snapshot(database, record.study_id)
 
 
 @pytest.fixture(scope="module")

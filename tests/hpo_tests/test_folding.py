@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,12 +23,12 @@ from hpo.replay import replay_trial
 from hpo.rungs import first_rung
 from hpo.space import SearchSpace
 from hpo.spec import StudySpec
-from hpo.worker import Worker
 from storage import leases
 from storage.database import Database
 from storage.leases import Lease
-from storage.snapshots import StudySnapshot, snapshot
-from storage.studies import OpenStudy, StudyRecord, find_study
+from storage.snapshots import snapshot
+from storage.studies import OpenStudy, find_study
+from tests.workers import work
 from trainer.config import ConfigError
 from trainer.data import registry
 from trainer.data.dataset import ImageDataset
@@ -72,17 +71,6 @@ def batch_of_ten(tmp_path: Path) -> Path:
 def options(space: Path | None = None, **given: object) -> LaunchOptions:
     usual = LaunchOptions(data="digits", trials=2, epochs=EPOCHS, space=space, folds=3)
     return dataclasses.replace(usual, **given)  # type: ignore[arg-type]
-
-
-def work(database: Database, record: StudyRecord) -> StudySnapshot:
-    """A worker's life, until nothing is left for it."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        assert Worker(database, record.name, device="cpu").run() is ExitCode.DONE
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return snapshot(database, record.study_id)
 
 
 @pytest.mark.parametrize("folds", [-1, 0, 1, 21])

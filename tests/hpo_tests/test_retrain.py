@@ -1,6 +1,5 @@
 """The last training of the winner: one model, or a soup of several from the same weights."""
 
-import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -10,17 +9,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from hpo import retrain as retrainer_module
 from hpo.candidates import Candidate, RecheckPlan, pays_for_soup
-from hpo.errors import ExitCode, Interrupted
+from hpo.errors import Interrupted
 from hpo.retrain import Retrainer, makes_a_soup
 from hpo.space import SearchSpace
 from hpo.spec import StudySpec
-from hpo.worker import Worker
 from storage.checkpoints import checkpoint_root
 from storage.database import Database
 from storage.snapshots import StudySnapshot, TrialSnapshot, snapshot
-from storage.studies import StudyRecord, create_study, find_study
+from storage.studies import create_study, find_study
+from tests.workers import work
 from trainer import augment as augmenting
 from trainer import loop
 from trainer.config import TrainConfig
@@ -63,18 +61,6 @@ def spec(data: ImageDataset, weights: Path | None = None) -> StudySpec:
         seed=0,
         first_rung=4,
     )
-
-
-def work(database: Database, record: StudyRecord) -> StudySnapshot:
-    """A worker's life, until nothing is left for it."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    try:
-        assert Worker(database, record.name, device="cpu").run() is ExitCode.DONE
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return snapshot(database, record.study_id)
 
 
 @pytest.fixture
@@ -187,7 +173,7 @@ def test_a_retraining_is_no_trial_of_the_study_and_its_state_goes_when_it_was_us
     again = retrainer.retrain(candidate(0), digits, tries_soup=False)  # reads what is there
     assert len(snapshot(retrainer.database, child.study_id).trials) == 1
     retrainer.forget()
-    assert [path for path in checkpoint_root().rglob("*") if path.is_file()] == []
+    assert list(checkpoint_root().rglob("*.ckpt")) == []
     anew = retrainer.retrain(candidate(0), digits, tries_soup=False)
     assert len(snapshot(retrainer.database, child.study_id).trials) == 2
     for other in (again, anew):
@@ -210,18 +196,8 @@ def test_a_retraining_that_was_interrupted_goes_on_where_it_was(
         return augment(*args)
 
     monkeypatch.setattr(loop, "augment", counted)
-    with monkeypatch.context() as patch:
-        patch.setattr(retrainer_module, "num_cores", lambda: 1)
-
-        def leaves(child: StudyRecord, **_: Any) -> StudySnapshot:
-            before = signal.getsignal(signal.SIGTERM)
-            Worker(retrainer.database, child.name, device="cpu").run()
-            signal.signal(signal.SIGTERM, before)
-            return snapshot(retrainer.database, child.study_id)
-
-        stopped = dataclasses.replace(retrainer, run_workers=leaves)
-        with pytest.raises(Interrupted, match="the same command goes on with it"):
-            stopped.retrain(candidate(0), digits, tries_soup=False)
+    with pytest.raises(Interrupted, match="the same command goes on with it"):
+        retrainer.retrain(candidate(0), digits, tries_soup=False)
     result = retrainer.retrain(candidate(0), digits, tries_soup=False)
     assert batches["seen"] == 32  # 16 batches an epoch, two epochs, and none of them twice
     for name, tensor in whole.model.state_dict().items():
