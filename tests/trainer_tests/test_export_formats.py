@@ -1,6 +1,9 @@
 """Each format gives the model's logits, for any number of images, and keeps secrets."""
 
 import dataclasses
+import os
+import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -168,6 +171,51 @@ def test_exporting_is_silent_and_leaves_random_state_and_path(
     assert torch.equal(torch.get_rng_state(), before)
     assert sys.path == path_before
     assert capfd.readouterr() == ("", "")
+
+
+WITH_ONNX_RUNTIME = """
+import sys
+from types import SimpleNamespace
+import torch
+from trainer.export import onnx_reduced
+from trainer.export.onnx_session import open_session
+use, file = sys.argv[1:]
+if use == "open":
+    open_session(file)
+else:
+    source = SimpleNamespace(
+        onnx=open(file, "rb").read(), calibration=torch.zeros(2, 3, 9, 12, dtype=torch.uint8)
+    )
+    getattr(onnx_reduced, use)(source)
+"""
+
+
+@pytest.mark.parametrize("use", ["open", "float16", "int8_static", "int8_weights"])
+def test_onnx_runtime_reports_to_nobody_and_leaves_no_identifier_in_the_user_s_home(
+    use: str, source: ExportSource, tmp_path: Path
+) -> None:
+    file, home = tmp_path / "model.onnx", tmp_path / "home"
+    file.write_bytes(source.onnx)
+    home.mkdir()
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("XDG_")}
+    ours.pop("ORT_DISABLE_TELEMETRY", None)
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_ONNX_RUNTIME, use, str(file)],
+        capture_output=True,
+        text=True,
+        env={**ours, "HOME": str(home)},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [path.name for path in home.rglob("*")] == []
+
+
+def test_onnx_runtime_is_imported_in_one_place() -> None:
+    root = Path(verify_module.__file__ or "").parents[2]
+    modules = [
+        path for part in ("hpo", "trainer", "storage") for path in (root / part).rglob("*.py")
+    ]
+    importing = re.compile(r"^ +(import|from) onnxruntime", re.MULTILINE)
+    assert [path.name for path in modules if importing.search(path.read_text())] == []
 
 
 def test_a_file_names_no_source_file_of_the_machine_that_made_it(name: str, file: Path) -> None:

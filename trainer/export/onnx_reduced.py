@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx
 import torch
 
+from trainer.export.onnx_runtime import onnx_runtime
 from trainer.export.source import ExportSource
 
 _CALIBRATION_BATCH = 64
@@ -28,9 +29,7 @@ _INT8_LARGEST = 127
 def _unchanged_path() -> Iterator[None]:
     """Leaves sys.path as it was: ONNX Runtime's tools find each other there, by bare names."""
     before = list(sys.path)
-    import onnxruntime.transformers
-
-    sys.path.append(str(Path(onnxruntime.transformers.__file__).parent))
+    sys.path.append(str(Path(onnx_runtime("transformers").__file__).parent))
     try:
         yield
     finally:
@@ -43,9 +42,8 @@ def float16(source: ExportSource) -> bytes:
 
     Normalisation can't overflow: no normalised pixel is larger than 255, for std >= 1/255.
     """
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    model = convert_float_to_float16(onnx.load_from_string(source.onnx), keep_io_types=True)
+    tool = onnx_runtime("transformers.float16")
+    model = tool.convert_float_to_float16(onnx.load_from_string(source.onnx), keep_io_types=True)
     onnx.checker.check_model(model)
     content: bytes = model.SerializeToString()
     return content
@@ -58,8 +56,8 @@ def int8_static(source: ExportSource) -> bytes:
     The activations' ranges are those on the calibration images. Weights take 7 bits: with 8, sums
     saturate on processors without VNNI, and the file would be another model there than here.
     """
-    from onnxruntime import quantization
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+    quantization = onnx_runtime("quantization")
+    prepare = onnx_runtime("quantization.shape_inference").quant_pre_process
 
     class Images(quantization.CalibrationDataReader):  # type: ignore[misc]  # it ships no types
         def __init__(self) -> None:
@@ -72,7 +70,7 @@ def int8_static(source: ExportSource) -> bytes:
     with tempfile.TemporaryDirectory(prefix="hpo-int8-") as folder:
         plain, prepared, quantized = (Path(folder, f"{n}.onnx") for n in ("plain", "prep", "int8"))
         plain.write_bytes(source.onnx)
-        quant_pre_process(plain, prepared, skip_symbolic_shape=True)
+        prepare(plain, prepared, skip_symbolic_shape=True)
         quantization.quantize_static(
             prepared,
             quantized,

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.config import ConfigError
+from trainer.export.onnx_runtime import onnx_runtime
 from trainer.reading import check_regular
 
 if TYPE_CHECKING:
@@ -20,8 +21,7 @@ def open_session(path: Path, *, num_threads: int = 0) -> "Classifier":
 
     Raises ConfigError if the file is no model; the function raises it if the images don't fit.
     """
-    import onnxruntime
-
+    onnxruntime = onnx_runtime()
     onnxruntime.set_default_logger_severity(_ERRORS_ONLY)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
