@@ -9,7 +9,6 @@ import atexit
 import json
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -19,6 +18,7 @@ import typer
 from hpo.arguments import Earlier, Modules, Pruner, Sampler, Settings, Tries
 from hpo.errors import ExitCode, UsageError, exit_code, one_line
 from hpo.imports import import_all
+from hpo.signals import interrupt_by_exception, leave_at_once
 from hpo.terminal import LineFormatter, guard_output, say, say_lines
 
 app = typer.Typer(
@@ -672,11 +672,11 @@ def main(arguments: list[str] | None = None) -> None:
     arguments: of the process, unless given.
     """
     guard_output()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     handler = logging.StreamHandler()
     handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
+        interrupt_by_exception()
         _check_current_folder()
         app(arguments)
     except KeyboardInterrupt:
@@ -701,6 +701,7 @@ def run() -> NoReturn:
         if isinstance(end.code, str):
             raise
         code = end.code or 0
+    leave_at_once()
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
