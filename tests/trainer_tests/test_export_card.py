@@ -1,5 +1,8 @@
 """The model card says what is known, in Markdown that no name of the user's can break."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -138,3 +141,22 @@ def test_curves_with_any_label_can_be_drawn(label: str) -> None:
     points = [(1.0, 0.5), (2.0, float("nan")), (3.0, float("inf")), (4.0, 0.7)]
     picture = curves_png({label: points, "seed 1 (training loss)": [], "b (training loss)": points})
     assert picture.startswith(b"\x89PNG")
+
+
+WITHOUT_A_HOME = """
+import logging
+logging.basicConfig(level=logging.WARNING)
+from trainer.export.curves import curves_png
+curves_png({"a (value)": [(0.0, 1.0)]})
+"""
+
+
+def test_a_user_without_a_home_hears_nothing_of_where_fonts_are_listed() -> None:
+    ours = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_HOME],
+        capture_output=True,
+        text=True,
+        env={**ours, "HOME": "/proc/nobody"},  # a folder that root can't make either
+    )
+    assert (done.returncode, done.stderr) == (0, "")

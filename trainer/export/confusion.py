@@ -1,10 +1,10 @@
 """The confusion matrix as a picture."""
 
-import io
-import warnings
 from collections.abc import Sequence
 
 from torch import Tensor
+
+from trainer.export.figures import new_figure, png_of
 
 _MOST_NUMBERS = 30
 """With more classes than these, the squares are coloured but not numbered."""
@@ -18,14 +18,10 @@ def confusion_png(confusion: Tensor, class_names: Sequence[str]) -> bytes:
 
     Colour is the share of the row, so that rare classes show; the numbers are counts.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     num_classes = len(class_names)
     shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
     side = min(max(5.0, 0.55 * num_classes + 2), 20.0)
-    figure = Figure(figsize=(side, side), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(side, side)
     axes = figure.add_subplot()
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     every = -(-num_classes // _MOST_NAMES)
@@ -41,12 +37,7 @@ def confusion_png(confusion: Tensor, class_names: Sequence[str]) -> bytes:
                 colour = "white" if shares[row, column] > 0.5 else "black"
                 text = str(int(confusion[row, column]))
                 axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # A class name in a script that the font lacks: a box stands for each letter.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-        figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
+    return png_of(figure)
 
 
 def _shortened(name: str) -> str:

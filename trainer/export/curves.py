@@ -1,9 +1,9 @@
 """Training curves as a picture: a panel for each quantity."""
 
-import io
 import math
-import warnings
 from collections.abc import Mapping, Sequence
+
+from trainer.export.figures import new_figure, png_of
 
 Curves = Mapping[str, Sequence[tuple[float, float]]]
 """Label -> (epoch, value) pairs. A label ends with its quantity: "seed 1 (training loss)"."""
@@ -14,16 +14,12 @@ _LONGEST_LABEL = 48
 
 def curves_png(curves: Curves) -> bytes:
     """A PNG of all curves; values that aren't finite are left out. Needs at least one curve."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels: dict[str, dict[str, Sequence[tuple[float, float]]]] = {}
     for label, points in curves.items():
         name, _, rest = label.rpartition("(")
         quantity = rest.removesuffix(")").strip() if name else "value"
         panels.setdefault(quantity, {})[(name or label).strip()] = points
-    figure = Figure(figsize=(6.5, 3.5 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.5, 3.5 * len(panels))
     all_axes = figure.subplots(len(panels), squeeze=False)[:, 0]
     for axes, (quantity, lines) in zip(all_axes, panels.items(), strict=True):
         for name, points in lines.items():
@@ -37,9 +33,4 @@ def curves_png(curves: Curves) -> bytes:
         if len(lines) <= _MOST_LABELS:
             for text in axes.legend(fontsize=8).get_texts():
                 text.set_parse_math(False)
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # As in confusion.py: a box stands for each letter that the font lacks.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-        figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
+    return png_of(figure)
