@@ -328,6 +328,9 @@ def stop(study: Study = None, storage: Storage = None) -> None:
     record = _the_study(database, study)
     request_stop(database, record.study_id)
     now = snapshot(database, record.study_id)
+    if now.num_finished >= now.budget:
+        say(f"all {now.budget} trials of {record.name} have ended: no worker is left to stop")
+        return
     go_on = how_to_go_on(now, launch_command(record.name))
     say(f"its workers leave within moments: {go_on}")
 

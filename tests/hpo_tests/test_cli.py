@@ -221,6 +221,14 @@ def test_a_study_without_a_finished_trial_has_no_best(hpo: Hpo) -> None:
     assert "no trial to choose from" in refused(hpo.run("best", "--export"), 4)
 
 
+def test_stopping_a_study_that_has_ended_tells_nobody_to_go_on(hpo: Hpo) -> None:
+    small = ("--trials", "1", "--epochs", "1", "--workers", "1", "--backbone", "smallcnn")
+    assert hpo.run("launch", *small).returncode == 0
+    done = hpo.run("stop")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "all 1 trials of digits have ended: no worker is left to stop\n"
+
+
 def test_a_study_with_another_spec_is_refused_with_the_difference(hpo: Hpo) -> None:
     hpo.run("launch", "--trials", "3", "--epochs", "2", "--timeout", "0.01s")
     line = refused(hpo.run("launch", "--epochs", "4"), 2)
