@@ -4,9 +4,9 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hpo.errors import UsageError
 from hpo.executors.local import LocalExecutor, num_cores, worker_devices
@@ -30,6 +30,7 @@ from storage.studies import (
     find_study,
     relaunch,
 )
+from trainer.config import Precision
 from trainer.data.options import Progress, no_progress
 from trainer.data.registry import settled_source, source_name
 
@@ -45,7 +46,9 @@ def check_options(options: LaunchOptions) -> None:
     from trainer.device import available_devices
 
     check_checkpoint_place()
-    worker_devices(available_devices(), options.devices, options.workers)
+    devices = worker_devices(available_devices(), options.devices, options.workers)
+    if options.precision is not None:
+        _check_precision(options.precision, devices)
     # where a study's own networks lie stands with the study
     named = options.given_fields().get("backbone", ())
     names = named if isinstance(named, tuple) else (named,)
@@ -57,6 +60,15 @@ def check_options(options: LaunchOptions) -> None:
     check_log_folder()
 
 
+def _check_precision(precision: str, devices: Iterable[str]) -> None:
+    """Raises ConfigError if workers on one of these devices can't train in the precision."""
+    from trainer.device import check_precision
+
+    if precision != "auto":
+        for device in set(devices):
+            check_precision(cast(Precision, precision), device)
+
+
 def prepare_study(
     database: Database, options: LaunchOptions, progress: Progress = no_progress
 ) -> StudyRecord:
@@ -65,6 +77,8 @@ def prepare_study(
     progress: is told how far the reading of pictures is. Raises UsageError if the study is there
     and differs from the options. Imports torch: the data is looked at before a study is made of it.
     """
+    from trainer.device import available_devices
+
     check_options(options)
     name, data = _name_and_data(database, options)
     fields = options.given_fields()
@@ -91,6 +105,10 @@ def prepare_study(
     given = {key: value for key, value in given.items() if value is not None}
     if record is not None:
         _check_same(record, given)
+        available = available_devices()
+        _check_precision(
+            spec.precision, worker_devices(available, options.devices, options.workers)
+        )
     budget = options.trials or (DEFAULT_BUDGET if record is None else record.budget)
     budget = within_grid(spec, budget)
     if record is not None and budget < record.budget:
@@ -154,13 +172,15 @@ def _name_and_data(database: Database, options: LaunchOptions) -> tuple[str, str
 
 
 def devices_of_workers(spec: StudySpec, options: LaunchOptions, say: Say) -> list[str]:
-    """A device for each worker of this study. Raises UsageError for devices that aren't there.
+    """A device for each worker of this study.
 
-    say: is told of what is measured. Imports torch.
+    Raises UsageError for devices that aren't there, ConfigError for those that don't compute in the
+    study's precision. say: is told of what is measured. Imports torch.
     """
     from trainer.device import available_devices
 
     devices = worker_devices(available_devices(), options.devices, options.workers)
+    _check_precision(spec.precision, devices)
     if options.workers == "auto" and any(device.startswith("cuda") for device in devices):
         return shared(spec, devices, say)
     return devices
@@ -175,7 +195,7 @@ def make_executor(
     say: Say,
     alone: bool = False,
 ) -> LocalExecutor:
-    """Where this study's workers run. Raises UsageError for devices that aren't there.
+    """Where this study's workers run. Raises as devices_of_workers.
 
     alone: a worker on a CPU has all cores, not one.
     """

@@ -264,7 +264,16 @@ class TrialRun:
     def _plan(self, config: TrainConfig) -> DevicePlan:
         """How the device is used: chosen by the first attempt, kept by later ones."""
         if "plan" in self._attributes:
-            return DevicePlan.from_dict(self._attributes["plan"]).on(self._device)
+            chosen = DevicePlan.from_dict(self._attributes["plan"])
+            plan = chosen.on(self._device)
+            if plan.precision != chosen.precision:
+                logger.warning(
+                    "trial %d goes on in %s: this processor does not compute in %s itself",
+                    self.number,
+                    plan.precision,
+                    chosen.precision,
+                )
+            return plan
         plan = choose_plan(
             config,
             input_size=self._data.input_size,

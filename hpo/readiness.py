@@ -8,11 +8,13 @@ from hpo.spec import StudySpec
 from trainer.config import ConfigError
 
 
-def check_device(device: str) -> None:
-    """Raises ConfigError if the device isn't there, or does not compute. Imports torch."""
+def check_device(spec: StudySpec, device: str) -> None:
+    """Raises ConfigError if the device isn't there, does not compute, or not in the study's
+    precision. Imports torch.
+    """
     import torch
 
-    from trainer.device import prepare
+    from trainer.device import check_precision, prepare
 
     try:
         prepare(device, 1)
@@ -22,6 +24,8 @@ def check_device(device: str) -> None:
         raise ConfigError(f"{device} can't be used: {said}") from error
     if found != 8:
         raise ConfigError(f"{device} computes wrongly: eight ones add up to {found}")
+    if spec.given_precision is not None:
+        check_precision(spec.given_precision, device)
 
 
 def check_networks(spec: StudySpec) -> None:

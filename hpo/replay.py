@@ -83,7 +83,13 @@ def replay_trial(
         raise NoTrialError(f"trial {number} of {record.name} has no report to compare with")
     spec = StudySpec.from_json(record.spec)
     config = spec.trial_config(trial.attributes["config"])
-    plan = DevicePlan.from_dict(trial.attributes["plan"]).on(_same_kind_of_device(trial))
+    recorded = DevicePlan.from_dict(trial.attributes["plan"])
+    plan = recorded.on(_same_kind_of_device(trial))
+    if plan.precision != recorded.precision:
+        raise UsageError(
+            f"trial {number} ran in {recorded.precision}, in which this machine's processor does "
+            f"not compute itself: {plan.precision} gives other values"
+        )
     data = spec.load_data()
     replayed = []
     folds = folds_of(spec, data, plan.device)

@@ -196,7 +196,7 @@ class Worker:
         """What each trial needs, before the first one is claimed."""
         self._is_preparing = True
         try:
-            check_device(self._device)
+            check_device(self._spec, self._device)
             check_networks(self._spec)
             self._data = self._spec.load_data()
         except Exception as error:

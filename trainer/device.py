@@ -74,9 +74,14 @@ class DevicePlan:
         return cls(**values)
 
     def on(self, device: str) -> "DevicePlan":
-        """The same on another device, which may have no graphs."""
+        """The same on another device, which may have no graphs, and no bf16.
+
+        Where bf16 is emulated (computes_in) the plan is in fp32: weights, averages and an
+        optimizer's state are fp32 in either plan, so a training goes on from where it was.
+        """
         graphs = self.graphs and device.startswith("cuda")
-        return dataclasses.replace(self, device=device, graphs=graphs)
+        precision = self.precision if computes_in(self.precision, device) else "fp32"
+        return dataclasses.replace(self, device=device, graphs=graphs, precision=precision)
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model on the device, in the plan's memory format."""
@@ -136,6 +141,24 @@ def has_fast_bf16() -> bool:
     return any(value is True for name, value in capabilities.items() if "bf16" in name)
 
 
+def computes_in(precision: Precision, device: str) -> bool:
+    """Whether trainings on the device of this machine can have this precision.
+
+    torch's emulation of bf16 on a CPU leaves parts of some gradients unset (seen in torch 2.15: of
+    a strided convolution on one pixel).
+    """
+    return precision != "bf16" or device != "cpu" or has_fast_bf16()
+
+
+def check_precision(precision: Precision, device: str) -> None:
+    """Raises ConfigError if trainings on the device of this machine can't have this precision."""
+    if not computes_in(precision, device):
+        raise ConfigError(
+            f"this machine's processor does not compute in {precision} itself: use a GPU or a "
+            "processor that does, or make the study with --precision fp32 or auto"
+        )
+
+
 def remember_here(what: str, measure: Callable[[], Plain]) -> Plain:
     """As long as this process lives."""
     if what not in _probed:
@@ -164,9 +187,12 @@ def choose_plan(
     device, threads) as far as `remember` does. graphs: use CUDA graphs where they are right, which
     isn't for networks that this project doesn't know. What memory holds is tried on accelerators
     only, with data_bytes of images beside it. Does not touch torch's random state, and leaves
-    nothing in memory. Raises OutOfMemory or DeviceBusy if no micro-batch fits.
+    nothing in memory. Raises OutOfMemory or DeviceBusy if no micro-batch fits, ConfigError if the
+    device isn't there or doesn't compute in the precision.
     """
     prepare(device, num_threads)
+    if precision is not None:
+        check_precision(precision, device)
     plain = DevicePlan(device=device, num_threads=num_threads)
     if precision is None:
         plan = _fast_plan(config, plain, input_size, num_classes, remember)

@@ -12,7 +12,9 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
+from hpo.errors import UsageError
 from hpo.objective import Outcome, TrialRun, _say_without_checkpoints
+from hpo.replay import replay_trial
 from hpo.space import Range, SearchSpace
 from hpo.spec import StudySpec
 from hpo.utilisation import mfu, seconds_spent
@@ -198,3 +200,33 @@ def test_a_precision_of_the_users_choice_is_not_measured(
     (trial,) = snapshot(database, study.record.study_id).trials
     assert trial.attributes["plan"]["precision"] == "fp32"
     assert trial.attributes["plan"]["channels_last"] is True
+
+
+def test_a_trial_that_began_in_bf16_goes_on_in_fp32_where_bf16_is_emulated_and_says_so(
+    database: Database,
+    digits: ImageDataset,
+    study: OpenStudy,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("trainer.device.has_fast_bf16", lambda: True)
+    lease = claim(database, study.record)
+    spec = dataclasses.replace(SPEC, precision="bf16")
+    num_batches = []
+
+    def cut() -> None:
+        num_batches.append(1)
+        if len(num_batches) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        TrialRun(study, spec, lease, digits, device="cpu", pulse=cut).run()
+    leases.release(database, lease)
+    monkeypatch.setattr("trainer.device.has_fast_bf16", lambda: False)
+    assert run(database, study, digits).state == TrialState.COMPLETE
+    said = "trial 0 goes on in fp32: this processor does not compute in bf16 itself"
+    assert said in caplog.messages
+    (trial,) = snapshot(database, study.record.study_id).trials
+    assert (trial.steps, trial.attributes["plan"]["precision"]) == ((4, 8), "bf16")
+    with pytest.raises(UsageError, match="trial 0 ran in bf16, in which this machine's processor"):
+        replay_trial(database, study.record, 0, epochs=1, say=print)

@@ -118,6 +118,44 @@ def test_a_refused_launch_leaves_a_study_that_is_there_as_it_is(
     assert content(database) == before
 
 
+@pytest.mark.parametrize("options", [(), ("--devices", "cpu"), ("--data", "digits")])
+def test_bf16_on_a_processor_that_emulates_it_is_refused_before_there_is_a_study(
+    options: Sequence[str],
+    launch: Callable[[Sequence[str]], int],
+    database: Database,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("trainer.device.available_devices", lambda: ["cpu"])
+    monkeypatch.setattr("trainer.device.has_fast_bf16", lambda: False)
+    before = content(database)
+    assert launch(["--precision", "bf16", *options]) == 2
+    assert content(database) == before
+    assert not (tmp_path / "home").exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "does not compute in bf16 itself: use a GPU or a processor that does" in line
+
+
+def test_a_study_in_bf16_is_not_taken_on_by_a_launch_where_it_is_emulated(
+    launch: Callable[[Sequence[str]], int],
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from hpo.launch import prepare_study
+    from hpo.options import LaunchOptions
+
+    monkeypatch.setattr("trainer.device.available_devices", lambda: ["cpu"])
+    monkeypatch.setattr("trainer.device.has_fast_bf16", lambda: True)
+    prepare_study(database, LaunchOptions(trials=3, backbones="smallcnn", precision="bf16"))
+    before = content(database)
+    monkeypatch.setattr("trainer.device.has_fast_bf16", lambda: False)
+    assert launch(["--study", "digits", "--trials", "5"]) == 2
+    assert content(database) == before
+    assert "does not compute in bf16 itself" in capsys.readouterr().err.splitlines()[-1]
+
+
 def a_stopped_study(database: Database) -> None:
     """Of digits, with a budget of three trials and three trials that have ended."""
     from hpo.launch import prepare_study

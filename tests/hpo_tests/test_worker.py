@@ -8,12 +8,17 @@ from typing import Any, cast
 
 import pytest
 
+from hpo.launch import prepare_study
+from hpo.options import LaunchOptions
 from hpo.space import SearchSpace
 from hpo.spec import StudySpec
-from hpo.worker import LeaseKeeper, Pulse
+from hpo.worker import LeaseKeeper, Pulse, Worker
 from storage import leases
+from storage.database import Database
 from storage.leases import Renewal
+from storage.snapshots import snapshot
 from tests.parts import Hpo, TcpPostgres
+from trainer.config import ConfigError
 
 SPEC = StudySpec(
     data="digits",
@@ -65,3 +70,20 @@ def test_a_training_that_waits_for_the_database_longer_than_a_stall_does_not_han
     assert "starting another" not in err
     (trial,) = json.loads(hpo.run("trials", "--json").stdout)
     assert (trial["state"], trial["attempts"]) == ("COMPLETE", 1)
+
+
+def test_a_worker_of_a_study_in_bf16_leaves_before_it_claims_where_bf16_is_emulated(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.device.available_devices", lambda: ["cpu"])
+    monkeypatch.setattr("trainer.device.has_fast_bf16", lambda: True)
+    options = LaunchOptions(trials=1, backbones="smallcnn", precision="bf16")
+    record = prepare_study(database, options)
+    monkeypatch.setattr("trainer.device.has_fast_bf16", lambda: False)
+    monkeypatch.setattr("hpo.worker._LEAVE", ())  # signals stay with the tests' own process
+    with pytest.raises(ConfigError, match="does not compute in bf16 itself"):
+        Worker(database, record.name, device="cpu").run()
+    now = snapshot(database, record.study_id)
+    assert (now.trials, now.num_finished) == ((), 0)
+    (sick,) = now.sick
+    assert "does not compute in bf16 itself" in sick.reason

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import trainer.device
 from trainer.backbones import build
 from trainer.config import ConfigError, TrainConfig
+from trainer.data.registry import load
 from trainer.device import DevicePlan, available_devices, choose_plan, prepare
+from trainer.loop import train
+from trainer.state import TrainState
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -110,6 +114,52 @@ def test_the_fastest_way_is_taken_if_it_wins_by_five_percent(
     monkeypatch.setattr(trainer.device, "_step_seconds", step_seconds)
     plan = plan_for("smallcnn")
     assert (plan.precision, plan.channels_last) == chosen
+
+
+def test_a_processor_that_emulates_bf16_gets_no_plan_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    about: dict[str, Any] = {"input_size": (1, 8, 8), "num_classes": 3, "device": "cpu"}
+    monkeypatch.setattr(trainer.device, "has_fast_bf16", lambda: True)
+    plan = choose_plan(TrainConfig(backbone="smallcnn"), **about, precision="bf16")
+    assert (plan.precision, plan.on("cpu")) == ("bf16", plan)
+    monkeypatch.setattr(trainer.device, "has_fast_bf16", lambda: False)
+    with pytest.raises(ConfigError, match="does not compute in bf16 itself: use a GPU or"):
+        choose_plan(TrainConfig(backbone="smallcnn"), **about, precision="bf16")
+    fp32 = choose_plan(TrainConfig(backbone="smallcnn"), **about, precision="fp32")
+    assert fp32.precision == "fp32"
+
+
+@pytest.mark.parametrize("made_on", ["cuda:0", "cpu"])
+def test_a_plan_in_bf16_goes_on_in_fp32_on_a_processor_that_emulates_it(
+    made_on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer.device, "has_fast_bf16", lambda: False)
+    plan = DevicePlan(device=made_on, precision="bf16", channels_last=True, micro_batch=8)
+    there = plan.on("cpu")
+    assert there == DevicePlan(device="cpu", channels_last=True, micro_batch=8)
+    assert plan.on("cuda:1").precision == "bf16"
+
+
+def test_a_training_in_bf16_is_resumed_in_fp32_where_bf16_is_emulated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The checkpoint's weights, optimizer and history are taken as they are."""
+    data = load("digits", seed=0)
+    small = dataclasses.replace(data, train=data.train.take(range(64)))
+    config = TrainConfig(backbone="smallcnn", epochs=2, batch_size=16)
+    monkeypatch.setattr(trainer.device, "has_fast_bf16", lambda: True)
+    training = train(config, small, DevicePlan(device="cpu", precision="bf16"))
+    first = next(training)
+    weights = {name: value.clone() for name, value in first.state.model.state_dict().items()}
+    saved = first.state.to_bytes()
+    training.close()
+    monkeypatch.setattr(trainer.device, "has_fast_bf16", lambda: False)
+    state = TrainState.start(
+        config, small, DevicePlan(device="cpu"), steps_per_epoch=4, resume=saved
+    )
+    assert state.plan.precision == "fp32"
+    torch.testing.assert_close(dict(state.model.state_dict()), weights, rtol=0, atol=0)
+    *_, last = train(config, small, DevicePlan(device="cpu"), resume=saved)
+    assert (last.state.plan.precision, last.epoch, last.finished) == ("fp32", 2, True)
 
 
 def test_channels_last_reaches_filters_and_images() -> None:

@@ -17,6 +17,7 @@ from trainer.reports import ProgressReport
 from trainer.state import CheckpointError, TrainState, read_progress
 
 PLAN = DevicePlan(device="cpu", channels_last=True)
+pytestmark = pytest.mark.usefixtures("bf16_everywhere")
 BASE = {"backbone": "smallcnn", "batch_size": 4, "epochs": 2}
 """Two epochs of eight batches: legs of 2, 6 and 8."""
 NUM_BATCHES = 16

@@ -125,6 +125,7 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("bf16_everywhere")
 @pytest.mark.parametrize(("backbone", "fields", "plan_fields"), CASES)
 def test_a_resumed_training_is_bit_for_bit_the_one_that_never_stopped(
     digits: ImageDataset, backbone: str, fields: dict[str, Any], plan_fields: dict[str, Any]

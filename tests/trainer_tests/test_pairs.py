@@ -52,6 +52,7 @@ from trainer.loop import train
 from trainer.reports import ProgressReport
 from trainer.state import TrainState
 
+pytestmark = pytest.mark.usefixtures("bf16_everywhere")
 NUM_IMAGES = 25
 OWN = f"{__name__}:skipping"
 FIELDS: dict[str, tuple[Any, ...]] = {
