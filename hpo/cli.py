@@ -463,6 +463,9 @@ def doctor(
         Path | None, typer.Option(metavar="EXPORT|FILE", help="As for launch.")
     ] = None,
     folds: Annotated[int | None, typer.Option(metavar="K", help="As for launch.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="As for launch.  [default: auto]")
+    ] = None,
     max_params: Annotated[float | None, typer.Option(help="As for launch.")] = None,
     max_megabytes: Annotated[float | None, typer.Option(help="As for launch.")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="As for launch.")] = None,
@@ -491,6 +494,7 @@ def doctor(
         modules=module,
         weights=weights,
         folds=folds,
+        precision=precision,
         limits=Limits(
             max_params=max_params, max_megabytes=max_megabytes, max_latency_ms=max_latency_ms
         ),

@@ -35,7 +35,9 @@ _COMMANDS = {
     },
     "doctor": {
         "--data", "--image-size", "--max-broken", "--trials", "--epochs", "--workers", "--devices",
-        "--space", "--backbone", "--module", "--folds", "--set", "--storage", "--json",
+        "--space", "--backbone", "--module", "--weights", "--folds", "--precision",
+        "--max-params", "--max-megabytes", "--max-latency-ms", "--pruner", "--set", "--storage",
+        "--json",
     },
     "replay": {"--trial", "--study", "--epochs", "--storage", "--json"},
     "space": {"--json"},

@@ -53,6 +53,30 @@ def test_the_forecast_is_of_the_studys_pruner_limits_and_frozen_parts(
     assert "(60 epochs in all)" in end
 
 
+def test_the_forecast_is_of_the_workers_devices_and_precision_that_are_given(hpo: Hpo) -> None:
+    options = ("--backbone", "smallcnn", "--workers", "1", "--devices", "cpu")
+    done = hpo.run("doctor", *options, "--precision", "fp32", "--json")
+    assert done.returncode == 0, done.stderr
+    found = {each["about"]: each["text"] for each in json.loads(done.stdout)}
+    assert "(fp32 channels_last)" in found["speed"]
+    assert "with 1 at work" in found["speed"]
+    assert "on 1 workers" in found["end"]
+    refused = hpo.run("doctor", *options, "--precision", "fp8")
+    assert refused.returncode == 2
+    assert "unknown precision 'fp8'" in refused.stderr
+
+
+def test_bf16_on_a_processor_that_emulates_it_is_a_problem_before_anything_is_timed(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.device.available_devices", lambda: ["cpu"])
+    monkeypatch.setattr("trainer.device.has_fast_bf16", lambda: False)
+    options = LaunchOptions(backbones="smallcnn", precision="bf16")
+    *_, last = examine(lambda: database, options, no_progress)
+    assert (last.about, last.level, last.code) == ("speed", "problem", ExitCode.USAGE)
+    assert "does not compute in bf16 itself" in last.text
+
+
 def test_a_database_that_is_not_there_and_data_that_is_none_are_both_said(tmp_path: Path) -> None:
     hpo = Hpo(tmp_path, {"HPO_STORAGE": f"postgresql://nobody@127.0.0.1:{free_port()}/none"})
     done = hpo.run("doctor", "--data", str(tmp_path / "nothing"))
