@@ -59,7 +59,9 @@ def int8_static(source: ExportSource) -> bytes:
     quantization = onnx_runtime("quantization")
     prepare = onnx_runtime("quantization.shape_inference").quant_pre_process
 
-    class Images(quantization.CalibrationDataReader):  # type: ignore[misc]  # it ships no types
+    reader: Any = quantization.CalibrationDataReader
+
+    class Images(reader):  # type: ignore[misc]  # it ships no types
         def __init__(self) -> None:
             self._batches = iter(torch.split(source.calibration, _CALIBRATION_BATCH))
 
