@@ -685,7 +685,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         interrupt_by_exception()
         _check_current_folder()
-        app(arguments)
+        app(arguments, prog_name="hpo")
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
     except Exception as error:

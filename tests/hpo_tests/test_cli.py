@@ -45,6 +45,9 @@ _COMMANDS = {
 }  # fmt: skip
 
 
+BY_ITS_NAME = "from hpo.__main__ import run; run()"
+
+
 def refused(done: subprocess.CompletedProcess[str], code: int) -> str:
     """The one line that a refusal is."""
     assert done.returncode == code, done.stderr
@@ -66,6 +69,17 @@ def test_the_commands_and_their_options_are_these(tmp_path: Path) -> None:
         assert set(re.findall(r"(--[a-z-]+)", shown)) - {"--help"} >= options, command
         listed_options = set(re.findall(r"^  (--[a-z-]+)", shown, re.MULTILINE))
         assert listed_options - {"--help"} == options, command
+
+
+@pytest.mark.parametrize("start", [["-m", "hpo"], ["-m", "hpo.cli"], ["-c", BY_ITS_NAME]])
+def test_the_help_calls_the_command_as_users_type_it(start: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", *start, "best", "--help"],
+        capture_output=True,
+        text=True,
+        env=Hpo(tmp_path).environment,
+    )
+    assert done.stdout.startswith("Usage: hpo best "), done.stdout
 
 
 def test_the_version_is_told(tmp_path: Path) -> None:
