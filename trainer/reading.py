@@ -31,3 +31,12 @@ def _refuse_others(mode: int, path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether all of the path's bytes are text, as libraries in C++ and Rust take a path to be."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

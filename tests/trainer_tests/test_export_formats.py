@@ -22,6 +22,7 @@ from trainer.export import extras, latency
 from trainer.export import verify as verify_module
 from trainer.export.formats import DEFAULT_FORMATS, FORMATS, Format, check_formats
 from trainer.export.model import ExportModel, as_classifier
+from trainer.export.onnx_session import open_session
 from trainer.export.source import ExportSource, calibration_images, export_source
 from trainer.export.verify import ExportRefused, classify_all, verify
 
@@ -258,6 +259,17 @@ def test_a_broken_onnx_file_is_answered_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"is no ONNX model") as refusal:
             FORMATS["onnx"].load(path, MANIFEST)
         assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_an_onnx_file_in_a_folder_whose_name_is_no_utf_8_is_opened(
+    source: ExportSource, model: ExportModel, tmp_path: Path
+) -> None:
+    moved = tmp_path / os.fsdecode(b"caf\xe9")
+    moved.mkdir()
+    (moved / "model.onnx").write_bytes(source.onnx)
+    images = some_images(3)
+    logits = open_session(moved / "model.onnx")(images.numpy())
+    assert np.allclose(logits, model(images).detach().numpy(), atol=1e-4)
 
 
 def test_onnx_images_of_another_size_are_refused(

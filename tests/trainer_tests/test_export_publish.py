@@ -239,6 +239,15 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_line(
     assert names(tmp_path) == ["file"]
 
 
+def test_a_folder_whose_path_is_no_utf_8_is_refused_in_one_line_and_nothing_is_made(
+    tmp_path: Path,
+) -> None:
+    latin = tmp_path / os.fsdecode(b"caf\xe9")
+    with pytest.raises(ConfigError, match=r"bytes that aren't UTF-8 .*: give another --out$"):
+        check_out(latin / "out")
+    assert not latin.exists()
+
+
 def test_a_disk_that_is_full_is_said_in_one_line(tmp_path: Path) -> None:
     with (
         pytest.raises(ConfigError, match=r"can't be written: No space left on device$"),

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from trainer.config import ConfigError
 from trainer.export.onnx_runtime import onnx_runtime
-from trainer.reading import check_regular
+from trainer.reading import check_regular, is_utf8
 
 if TYPE_CHECKING:
     from trainer.export.model import Classifier
@@ -29,7 +29,10 @@ def open_session(path: Path, *, num_threads: int = 0) -> "Classifier":
     try:
         check_regular(path)
         session = onnxruntime.InferenceSession(
-            path, sess_options=options, providers=["CPUExecutionProvider"]
+            # given a path, ONNX Runtime takes it for UTF-8
+            path if is_utf8(path) else path.read_bytes(),
+            sess_options=options,
+            providers=["CPUExecutionProvider"],
         )
         (images_name,) = [node.name for node in session.get_inputs()]
         logits_name = session.get_outputs()[0].name

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.config import ConfigError
-from trainer.reading import read_small
+from trainer.reading import is_utf8, read_small
 
 MADE_BY = "hpo"
 """Stands in the manifest of each export: only such a folder is ever replaced."""
@@ -25,10 +25,16 @@ def check_out(out: Path) -> None:
     """See to it that an export can be written to this folder, before anything is trained for it.
 
     Makes the folders above it. Raises ConfigError if the folder holds anything but an older export
-    of ours, or can't be written.
+    of ours, can't be written, or has a name that is no UTF-8: torch, ONNX Runtime and safetensors
+    open no file below such a folder.
     """
     with _in_one_line(out):
         target = _target(out)
+        if not is_utf8(target):
+            raise ConfigError(
+                f"the export folder {out} can't be used: the libraries that write models take no "
+                f"path with bytes that aren't UTF-8 ({target}): give another --out"
+            )
         _refuse_foreign(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         probe = _beside(target, "partial")
@@ -67,7 +73,7 @@ def check_room(out: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise ConfigError(
             f"the export folder {out} needs about {num_bytes / 2**20:,.0f} MiB, and its disk has "
-            f"{free / 2**20:,.0f} MiB left"
+            f"{free / 2**20:,.0f} MiB left: free as much, or give another --out"
         )
 
 
