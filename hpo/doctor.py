@@ -15,6 +15,7 @@ from hpo.errors import ExitCode, exit_code
 from hpo.executors.local import num_cores
 from hpo.forecast import Forecast, Pace, forecast
 from hpo.launch import DEFAULT_BUDGET, devices_of_workers
+from hpo.logs import check_log_folder
 from hpo.module_space import unheard
 from hpo.options import LaunchOptions
 from hpo.progress import duration
@@ -68,7 +69,7 @@ def examine(
     Each finding comes as soon as it is known. What can't be looked at is a finding, too.
     """
     yield from _guarded("database", lambda: _database(open_database))
-    yield from _disk()
+    yield from _guarded("disk", _disk)
     settled: list[tuple[StudySpec, ImageDataset]] = []
 
     def data() -> Iterator[Finding]:
@@ -128,6 +129,7 @@ _CONNECTIONS = text("""
 
 
 def _disk() -> Iterator[Finding]:
+    check_log_folder()
     folder = home()
     while not folder.exists():
         folder = folder.parent

@@ -97,6 +97,19 @@ def findings(database: Database, options: LaunchOptions) -> dict[str, Finding]:
     return found
 
 
+def test_a_home_that_can_t_be_written_is_a_problem_and_no_free_disk(
+    hpo: Hpo, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    there = Hpo(hpo.home, {**hpo.variables, "HPO_HOME": str(file / "home")})
+    done = there.run("doctor", "--backbone", "smallcnn", "--trials", "4")
+    assert done.returncode == ExitCode.USAGE
+    (line,) = [line for line in done.stdout.splitlines() if " disk: " in line]
+    assert line.startswith("problem")
+    assert "set HPO_HOME" in line
+
+
 def test_fields_that_can_not_matter_are_said(database: Database, tmp_path: Path) -> None:
     file = tmp_path / "space.toml"
     file.write_text(
