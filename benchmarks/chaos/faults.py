@@ -46,6 +46,10 @@ class FaultPlan:
     """Kills that one trial suffers at points: three attempts in a row without a report end it."""
     leg_seconds: float | None = None
     """Simulated training: the real loop on 64 images, with a pause of this length a leg."""
+    step_seconds: float | None = None
+    """Slow training: the real loop on all images, each optimizer step longer by this and noted."""
+    load_seconds: float = 0.0
+    """What it takes longer until a worker has its data."""
     sick: Mapping[str, str] = field(default_factory=dict)
     """Number of a trial, or "*" -> what its training does: raise, oom, nan, inf, hang, hang-child.
     It hangs once, the others happen at every attempt."""
@@ -53,7 +57,7 @@ class FaultPlan:
     """Who is killed after a checkpoint leaves it truncated."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Distribution -> the version that it says it has."""
-    constants: Mapping[str, int] = field(default_factory=dict)
+    constants: Mapping[str, float] = field(default_factory=dict)
     """module.NAME -> its value."""
 
     def to_json(self) -> str:

@@ -139,12 +139,12 @@ class Stage:
             "--epochs", str(epochs), "--backbone", "smallcnn", *args, **variables,
         )  # fmt: skip
 
-    def make_study(self, *, trials: int, epochs: int = 3) -> None:
+    def make_study(self, *args: str, trials: int, epochs: int = 3) -> None:
         """The study without a worker: its launcher is killed when it has made it."""
         fault = Fault(point="after relaunch", command=True)
         plan = replace(self.plan, faults=(fault,))
         launcher = self.launch(
-            trials=trials, workers=1, epochs=epochs, **{VARIABLE: plan.to_json()}
+            *args, trials=trials, workers=1, epochs=epochs, **{VARIABLE: plan.to_json()}
         )
         if launcher.wait(240) != -signal.SIGKILL:
             raise Overdue(f"hpo launch says: {launcher.stderr[-300:]}")

@@ -1,11 +1,14 @@
 """Puts the witness and the fault points into the product's modules as they are imported."""
 
+import hashlib
 import importlib.machinery
 import importlib.metadata
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -76,12 +79,46 @@ def _wrap_worker(module: ModuleType) -> None:
     around(module.Worker, "__init__", before=before_init)
 
 
+def _wrap_import_path(module: ModuleType) -> None:
+    """Processes of the product start without the folders of PYTHONPATH; these are to have ours."""
+
+    def after_isolate(*_: Any, **__: Any) -> None:
+        inside = Path(__file__).parent / "inside"
+        os.environ["PYTHONPATH"] = f"{inside}{os.pathsep}{inside.parents[2]}"
+
+    around(module, "isolate", after=after_isolate)
+
+
+def _wrap_claims(module: ModuleType) -> None:
+    """Each stage shares out the cores among its own launches, whatever else this machine does."""
+
+    def of_the_stage(original: Callable[[str], Any]) -> Callable[[str], Any]:
+        def claim(what: str) -> Any:
+            stage = hashlib.sha256(plan().folder.encode()).hexdigest()[:16]
+            return original(f"{stage}-{what}")
+
+        return claim
+
+    replace(module, "_claim", of_the_stage)
+
+
+def _wrap_spec(module: ModuleType) -> None:
+    def before_load(*_: Any, **__: Any) -> None:
+        if here.is_worker:
+            time.sleep(plan().load_seconds)
+
+    around(module.StudySpec, "load_data", before=before_load)
+
+
 def _wrap_local(module: ModuleType) -> None:
     around(module.LocalExecutor, "start", after=passes("after start"))
 
 
 _WRAPS: dict[str, Callable[[ModuleType], None]] = {
+    "hpo.claims": _wrap_claims,
     "hpo.executors.local": _wrap_local,
+    "hpo.import_path": _wrap_import_path,
+    "hpo.spec": _wrap_spec,
     "hpo.worker": _wrap_worker,
     "optuna.trial._trial": wraps_storage.wrap_suggest,
     "storage.checkpoints": wraps_storage.wrap_checkpoints,

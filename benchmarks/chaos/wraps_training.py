@@ -33,7 +33,13 @@ def _sick(original: Callable[..., Any]) -> Callable[..., Any]:
             time.sleep(3600)
         if kind == "hang-child":
             subprocess.run(["sleep", "3600"])
+        seconds = plan().step_seconds
+        if seconds is not None:
+            time.sleep(seconds)
         losses = original(*args, **kwargs)
+        if seconds is not None:
+            witness("step")
+            point("after step")
         return losses * float(kind) if kind in ("nan", "inf") else losses
 
     return optimizer_step
@@ -44,7 +50,7 @@ def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
     def train(config: Any, data: Any, *args: Any, **kwargs: Any) -> Generator[Any, None, None]:
         pause = plan().leg_seconds
         if pause is not None:
-            train, val = data.train.take(range(NUM_TRAIN)), data.val.take(range(NUM_VAL))
+            train, val = _first(data.train, NUM_TRAIN), _first(data.val, NUM_VAL)
             data = dataclasses.replace(data, train=train, val=val)
         with contextlib.closing(original(config, data, *args, **kwargs)) as reports:
             while True:
@@ -61,6 +67,11 @@ def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
     return train
 
 
+def _first(images: Any, number: int) -> Any:
+    """So many of them, where there are as many."""
+    return images.take(range(min(number, len(images))))
+
+
 def _no_pulse() -> None:
     """Of a retraining, which nobody interrupts."""
 
@@ -73,11 +84,11 @@ def _wait(seconds: float, pulse: Callable[[], None]) -> None:
 
 
 def wrap_device(module: ModuleType) -> None:
-    """Simulated training needs no probe, which each kill would pay for again."""
+    """Slow and simulated training need no probe, which each kill would pay for again."""
 
     def plain(original: Callable[..., Any]) -> Callable[..., Any]:
         def choose_plan(config: Any, *, device: str, **kwargs: Any) -> Any:
-            if plan().leg_seconds is not None:
+            if plan().leg_seconds is not None or plan().step_seconds is not None:
                 return module.DevicePlan(device=device)
             return original(config, device=device, **kwargs)
 

@@ -153,8 +153,12 @@ def _fork(request: Mapping[str, Any]) -> int:
         os.environ.update(request["variables"])
         sys.argv = ["hpo", *request["args"]]
         from hpo.cli import main as command
+        from hpo.executors.local import cool_down
 
-        command()
+        try:
+            command()
+        finally:
+            cool_down()  # what os._exit leaves out
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
