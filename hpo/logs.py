@@ -1,5 +1,6 @@
 """The log files of processes without a terminal: not through links, not without end."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -40,3 +41,9 @@ def open_log(path: Path) -> int:
         raise UsageError(str(error)) from error
     except OSError as error:
         raise UsageError(f"can't write the log {path}: {error.strerror}; set HPO_HOME") from error
+
+
+def touch_log() -> None:
+    """Set the time of this process's log, which its output goes to, to now."""
+    with contextlib.suppress(OSError):
+        os.utime(1)

@@ -82,6 +82,8 @@ class Watch:
     _unseen_since: dict[str, float] = field(default_factory=dict)
     _last_seen_at: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
     """Worker id -> the trial and step that it was at."""
+    _shown_at: dict[str, int] = field(default_factory=dict)
+    """Worker id -> when it last showed that it waits for the database, by its log's time."""
 
     def run(self) -> StudySnapshot:
         """The study when there is nothing more to do for its workers, and they have left.
@@ -190,15 +192,28 @@ class Watch:
             self._last_seen_at[seen.id] = now
 
     def _end_hanging(self, study: StudySnapshot) -> None:
-        """Kill workers that live and don't show it for long (stopped, or stuck in one call)."""
+        """Kill workers that live and don't show it for long (stopped, or stuck in one call).
+
+        One that waits for a connection can't show it in the database: it touches its log.
+        """
         now = time.monotonic()
         seen = {worker.id for worker in study.workers}
         for worker in self._workers:
-            if worker.id in seen or now - worker.started_at < _STARTING_SECONDS:
+            if (
+                worker.id in seen
+                or now - worker.started_at < _STARTING_SECONDS
+                or self._waits_for_the_database(worker)
+            ):
                 self._unseen_since.pop(worker.id, None)
             elif now - self._unseen_since.setdefault(worker.id, now) > self.lease_seconds:
                 logger.warning("worker %s gives no sign of life: killed", worker.id)
                 worker.process.kill()
+
+    def _waits_for_the_database(self, worker: LocalWorker) -> bool:
+        """Whether it has shown so, in the time of its log, since it was last asked."""
+        before, shown = self._shown_at.get(worker.id), worker.shown_at
+        self._shown_at[worker.id] = shown
+        return before is not None and shown != before
 
     def _why_it_fails(self) -> str:
         trials = snapshot(self.database, self.record.study_id).trials

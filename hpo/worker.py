@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from hpo.errors import ExitCode, described, exit_code, is_of_the_machine, one_line
+from hpo.logs import touch_log
 from hpo.objective import TrialRun
 from hpo.readiness import check_device, check_networks
 from hpo.spec import StudySpec
@@ -50,10 +51,17 @@ class Pulse:
     leaving: threading.Event = field(default_factory=threading.Event)
     signalled: bool = False
     taken: bool = False
+    has_launcher: bool = False
 
     def wait(self) -> None:
         """Called while the training waits for the database: it doesn't hang."""
         self.last_beat = time.monotonic()
+        self.show()
+
+    def show(self) -> None:
+        """Show the launcher that this process lives where the database can't: by its log's time."""
+        if self.has_launcher:
+            touch_log()
 
     def beat(self) -> None:
         """Called before each batch. Raises Leave or TrialTaken where the training must end."""
@@ -99,6 +107,7 @@ class LeaseKeeper(threading.Thread):
                     reason,
                 )
                 failed = True
+                self._pulse.show()
                 continue
             failed = False
             if not renewal.study_goes_on:
@@ -135,7 +144,7 @@ class Worker:
         """
         self._free_since = time.perf_counter()
         self._database, self._study_name, self._device = database, study_name, device
-        self._pulse = Pulse()
+        self._pulse = Pulse(has_launcher=given_id is not None)
         self._host = socket.gethostname()
         self._is_launched = given_id is not None
         self._worker_id = given_id or f"{self._host}-{os.getpid()}-{secrets.token_hex(3)}"

@@ -173,13 +173,20 @@ def _version(database: Database) -> int | None:
 
 
 def optuna_storage(database: Database, *, make_tables: bool = False) -> optuna.storages.RDBStorage:
-    """Optuna's own storage on our connections. Raises StorageError if its tables don't fit."""
-    try:
-        return optuna.storages.RDBStorage(
-            "postgresql+psycopg2://",
-            engine_kwargs={"pool": database.pool},
-            skip_table_creation=not make_tables,
+    """Optuna's own storage on our connections, of which it needs one at a time.
+
+    Raises StorageError if its tables don't fit.
+    """
+    storage = optuna.storages.RDBStorage(
+        "postgresql+psycopg2://",
+        engine_kwargs={"pool": database.pool},
+        skip_table_creation=not make_tables,
+        skip_compatibility_check=True,  # it asks over two connections, one inside the other
+    )
+    found, wanted = storage.get_current_version(), storage.get_head_version()
+    if found != wanted:
+        raise StorageError(
+            f"Optuna {optuna.__version__} can't use the tables of this database, which are of "
+            f"version {found}, not {wanted}: use the Optuna that made them, or another database"
         )
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise StorageError(f"Optuna can't use the tables of this database: {reason}") from error
+    return storage

@@ -52,6 +52,14 @@ class LocalWorker:
         """None while it runs; negative for the signal that ended it."""
         return self.process.exitcode
 
+    @property
+    def shown_at(self) -> int:
+        """When its log was last written or touched, in nanoseconds; 0 if there is no log."""
+        try:
+            return self.log.stat().st_mtime_ns
+        except OSError:
+            return 0
+
 
 class LocalExecutor:
     """Starts worker processes and sends them signals; says nothing of what they do."""

@@ -17,6 +17,7 @@ from hpo.errors import ExitCode, UsageError, WorkersDie
 from hpo.executors.local import LocalWorker
 from hpo.progress import ProgressView
 from hpo.watch import Watch
+from hpo.worker import Pulse
 from storage.database import Database
 from storage.errors import StorageError
 from storage.leases import Lease, claim, forget_worker, register_worker
@@ -148,6 +149,62 @@ def test_a_worker_that_refuses_to_work_is_not_started_again_and_its_words_end_th
     with pytest.raises(error, match=r"^the data is another$"):
         watched(database, executor).run()
     assert executor.num_started == 1
+
+
+def wait_for_a_connection(log: str, begun: Any, *, seconds: float, shows: bool) -> None:
+    """A worker that has no connection for so long, and then finds nothing to do."""
+    begun.set()
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT, 0o600), 1)
+    pulse = Pulse(has_launcher=shows)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        pulse.wait()
+        time.sleep(0.1)
+    os._exit(ExitCode.DONE)
+
+
+class Unknown(Ending):
+    """Workers that the database never hears of; the first one of them may give no sign of life."""
+
+    def __init__(self, log: Path, *, shows: bool) -> None:
+        super().__init__(iter([]), log)
+        self._first_shows = shows
+
+    def start(self, index: int) -> LocalWorker:
+        self.num_started += 1
+        context = multiprocessing.get_context("forkserver")
+        begun = context.Event()
+        process = context.Process(
+            target=wait_for_a_connection,
+            args=(str(self._log), begun),
+            kwargs={"seconds": 6.0, "shows": self._first_shows or self.num_started > 1},
+        )
+        process.start()
+        assert begun.wait(60)
+        return LocalWorker(
+            id=f"w-{self.num_started}",
+            index=index,
+            device="cpu",
+            log=self._log,
+            process=cast(Any, process),
+            started_at=time.monotonic(),
+        )
+
+
+@pytest.mark.parametrize(("shows", "num_started"), [(True, 1), (False, 2)])
+def test_a_worker_that_waits_for_a_connection_is_not_taken_for_one_that_hangs(
+    shows: bool,
+    num_started: int,
+    database: Database,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch, "_STARTING_SECONDS", 0.0)
+    executor = Unknown(tmp_path / "log", shows=shows)
+    launch = watched(database, executor)
+    launch.lease_seconds = 3.0
+    launch.run()
+    assert executor.num_started == num_started
 
 
 class OneRefuses(Ending):

@@ -2,13 +2,14 @@ import subprocess
 import sys
 
 import pytest
-from sqlalchemy import text
+from optuna.trial import TrialState
+from sqlalchemy import event, text
 
 from storage.database import Database
 from storage.errors import StorageError
-from storage.leases import register_worker
-from storage.schema import VERSION, ensure_tables
-from storage.studies import find_study
+from storage.leases import Lease, claim, register_worker
+from storage.schema import VERSION, ensure_tables, optuna_storage
+from storage.studies import OpenStudy, find_study
 from tests.parts import make_study
 
 _ARRIVE = """
@@ -84,3 +85,35 @@ def test_tables_are_left_alone_while_workers_of_the_earlier_version_run(
         connection.exec_driver_sql(_AS_VERSION_2)
     with pytest.raises(StorageError, match="workers of an earlier hpo use these tables"):
         ensure_tables(database)
+
+
+def test_tables_of_another_optuna_are_refused_in_one_line(database: Database) -> None:
+    with database.engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = 'v1.3.0.a'"))
+    with pytest.raises(StorageError, match=r"version v1\.3\.0\.a, not v[^\n]*$"):
+        optuna_storage(database)
+
+
+def test_a_study_is_opened_and_worked_on_over_one_connection_at_a_time(database: Database) -> None:
+    record = make_study(database)
+    out, most = 0, 0
+
+    def checked_out(*_: object) -> None:
+        nonlocal out, most
+        out += 1
+        most = max(most, out)
+
+    def checked_in(*_: object) -> None:
+        nonlocal out
+        out -= 1
+
+    event.listen(database.pool, "checkout", checked_out)
+    event.listen(database.pool, "checkin", checked_in)
+    study = OpenStudy(database, record)
+    lease = claim(database, record.study_id, "w", lease_seconds=30)
+    assert isinstance(lease, Lease)
+    trial_id = study.bind(lease)
+    study.write(lease, lambda: study.trial(trial_id).suggest_float("lr", 0.0, 1.0))
+    study.report(lease, 1, 0.5, images_per_second=1.0)
+    study.end(lease, TrialState.COMPLETE, value=0.5, reason="whole")
+    assert (out, most) == (0, 1)
