@@ -1,4 +1,4 @@
-"""Row 25: `hpo best --export` killed on its way, and a best trial that changes meanwhile."""
+"""Rows 25 and 33: `hpo best --export` killed on its way; a best trial that changes meanwhile."""
 
 import contextlib
 import json
@@ -10,18 +10,25 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos.audit import Finding
+from benchmarks.chaos.audit import STEPS_PER_EPOCH, Finding
 from benchmarks.chaos.faults import VARIABLE, Fault, FaultPlan
-from benchmarks.chaos.stage import Arena, Command, Overdue, Stage, wait_for
+from benchmarks.chaos.stage import STUDY, Arena, Command, Overdue, Stage, wait_for
 
 POINTS = (
     ("before export", 1), ("after leg", 2), ("in export", 1), ("in export", 4), ("in export", 6),
     ("in sync", 1), ("in sync", 5), ("in sync", 9), ("after export", 1),
 )  # fmt: skip
 """Point, and at which passing: of the retraining, of each file, before and after the rename."""
+OF_A_WORKER = ("after leg",)
+"""Points of the retraining, which a worker of the command does."""
 AGAIN = (("in export", 2), ("in sync", 3), ("in sync", 9))
 """Where an older export is there already."""
 EXPORT_SECONDS = 240.0
+BATCH_SIZE = 64
+BEFORE_THE_END = 9
+"""Optimizer steps that are left where the retraining is killed; an epoch has 23."""
+RETRAINING = {"step_seconds": 0.0, "constants": {"hpo.objective.CHECKPOINT_SECONDS": 0}}
+"""Each optimizer step is noted, and what was trained is saved before the next one."""
 NUM_FORMATS = 4
 
 
@@ -47,12 +54,14 @@ def _killed(stage: Stage, points: tuple[tuple[str, int], ...], *, done: str) -> 
     older = out.exists()
     found = []
     for name, passing in points:
-        fault = Fault(point=name, after=passing, command=True)
-        code = _export(stage, out, _plan(stage, fault)).wait(EXPORT_SECONDS)
+        of_a_worker = name in OF_A_WORKER
+        plan = _plan(stage, Fault(point=name, after=passing, command=not of_a_worker))
+        code = _export(stage, out, plan).wait(EXPORT_SECONDS)
         stage.num_kills += 1
-        finding.check(
-            code == -signal.SIGKILL, f"not killed {name}, {passing}: it ended with {code}"
-        )
+        finding.check(_lines(plan, "fault"), f"nobody passed {name}, {passing}")
+        # a worker's retraining goes on in the next worker
+        expected = 0 if of_a_worker else -signal.SIGKILL
+        finding.check(code == expected, f"killed {name}, {passing}: it ended with {code}")
         found.append(_look(finding, out, trial=best, after=f"{name}, {passing}"))
     finding.check(older or "absent" in found, "never absent: nothing was tried before its end")
     finding.check("whole" in found, "never there: nothing was tried after its end")
@@ -93,19 +102,16 @@ def _best_changes(stage: Stage) -> Finding:
     started = time.monotonic()
     finding = Finding(row="25", done="another trial becomes the best during the retraining")
     before, out = _best(stage), stage.home / "changed"
-    stop = Fault(point="after leg", signal="SIGSTOP", after=2, command=True)
-    plan = _plan(stage, stop)
+    plan = _plan(stage, Fault(point="after leg", signal="SIGSTOP", after=2))
     command = _export(stage, out, plan)
-    witness = Path(plan.folder) / "witness.jsonl"
-    wait_for(
-        "it stops in the retraining",
-        lambda: witness.exists() and "SIGSTOP" in witness.read_text(),
-        seconds=120,
+    stopped = wait_for("it stops in the retraining", lambda: _lines(plan, "fault"), seconds=120)
+    other = (
+        "(SELECT max(trial_id) FROM trials JOIN studies USING (study_id)"
+        f" WHERE study_name = '{STUDY}' AND number <> {before['number']})"
     )
-    other = f"(SELECT max(trial_id) FROM trials WHERE number <> {before['number']})"
     stage.query(f"UPDATE trials SET state = 'COMPLETE' WHERE trial_id = {other}")
     stage.query(f"UPDATE trial_values SET value = 1.0 WHERE trial_id = {other}")
-    os.kill(command.pid, signal.SIGCONT)
+    os.kill(stopped[0]["pid"], signal.SIGCONT)
     code = command.wait(EXPORT_SECONDS)
     finding.check(code == 0, f"best --export ended with {code}: {command.stderr[-200:]}")
     after = _best(stage)["number"]
@@ -119,6 +125,57 @@ def _best_changes(stage: Stage) -> Finding:
         finding.check(same, f"it names {told}, and holds {trained}")
     finding.seconds = time.monotonic() - started
     return finding
+
+
+def retraining_killed(arena: Arena, _long: bool) -> Iterator[Finding]:
+    """Row 33."""
+    started = time.monotonic()
+    finding = Finding(row="33", done="a retraining killed in its last epoch, with its command")
+    with arena.stage() as stage:
+        options = ("--set", f"batch_size={BATCH_SIZE}", "--pruner", "none")
+        code = stage.launch(*options, trials=2, workers=2, epochs=3).wait(240)
+        if code != 0:
+            raise Overdue(f"the study to export from ended with {code}")
+        undisturbed, out = stage.home / "undisturbed", stage.home / "model"
+        plan = FaultPlan(**{**vars(_plan(stage)), **RETRAINING})
+        code = _export(stage, undisturbed, plan).wait(EXPORT_SECONDS)
+        finding.check(code == 0, f"undisturbed, best --export ended with {code}")
+        steps = len(_lines(plan, "step"))
+        stop = Fault(point="after step", after=steps - BEFORE_THE_END, signal="SIGSTOP")
+        plan = FaultPlan(**{**vars(_plan(stage, stop)), **RETRAINING})
+        command = _export(stage, out, plan)
+        wait_for("it stops in the retraining", lambda: _lines(plan, "fault"), seconds=120)
+        epochs = {line["step"] // STEPS_PER_EPOCH for line in _lines(plan, "leg")}
+        finding.check(
+            max(epochs, default=0) == 2, f"stopped after epochs {epochs}, not in the last"
+        )
+        for pid in stage.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        command.wait(10)
+        stage.num_kills += 1
+        finding.check(not out.exists(), "there is an export already")
+        again = FaultPlan(**{**vars(_plan(stage)), **RETRAINING})
+        code = _export(stage, out, again).wait(EXPORT_SECONDS)
+        finding.check(code == 0, f"repeated, best --export ended with {code}")
+        trained = len(_lines(plan, "step")) + len(_lines(again, "step"))
+        finding.check(
+            trained <= steps + 1, f"{trained} optimizer steps, not {steps}: it was begun again"
+        )
+        found = _look(finding, out, trial=_best(stage)["number"], after="the repetition")
+        finding.check(found == "whole", f"repeated, the export is {found}")
+        weights = [(path / "model.safetensors").read_bytes() for path in (undisturbed, out)]
+        finding.check(weights[0] == weights[1], "the two exports have other weights")
+        finding.notes.append(f"{len(_lines(again, 'step'))} of {steps} steps after the kill")
+    finding.seconds = time.monotonic() - started
+    yield finding
+
+
+def _lines(plan: FaultPlan, kind: str) -> list[dict[str, Any]]:
+    """Of the witness of one command and its workers."""
+    log = Path(plan.folder) / "witness.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [found for found in map(json.loads, lines) if found["kind"] == kind]
 
 
 def _plan(stage: Stage, *faults: Fault) -> FaultPlan:

@@ -1,5 +1,6 @@
 """Rows 16, 17, 20, 21: trainings that fail, clocks, workers of another version."""
 
+import importlib.metadata
 import math
 import signal
 from collections.abc import Iterator
@@ -15,13 +16,16 @@ def sick_trainings(arena: Arena, _long: bool) -> Iterator[Finding]:
     with arena.stage(FaultPlan(folder="", leg_seconds=0.1, sick=sick)) as stage:
         launcher = stage.launch(trials=12, workers=2)
         launcher.wait(240)
-        # a training that raises cuts its part of an epoch
-        stage.num_signals += len(sick)
+        # a training that raises cuts its part of an epoch, and is tried in two processes
+        stage.num_signals += len(sick) + 1
         done = "one training raises, one has no memory, one comes to NaN, one to infinity"
         finding = audit(stage, "16", done=done, budget=12, failed=1, tracebacks=True)
         finding.check(launcher.code == 0, f"launch ended with {launcher.code}")
-        pids = {line["pid"] for line in stage.witness("begin")}
-        finding.check(len(pids) == 2, f"{len(pids)} workers, not 2: one has died")
+        begun = stage.witness("begin")
+        pids = {line["pid"] for line in begun}
+        finding.check(len(pids) <= 4, f"{len(pids)} workers, not 4: more than two were replaced")
+        tried = [line["pid"] for line in begun if line["number"] == 2]
+        finding.check(len(tried) == len(set(tried)) == 2, f"processes that tried trial 2: {tried}")
         best = stage.json("status")["best"]
         finding.check(best and math.isfinite(best["value"]), f"the best is {best}")
         trials = stage.json("trials")
@@ -87,10 +91,14 @@ def other_versions(arena: Arena, _long: bool) -> Iterator[Finding]:
     """Row 21."""
     with arena.stage(FaultPlan(folder="", leg_seconds=0.1)) as stage:
         stage.launch(trials=2, workers=1).wait(240)
-        finding = Finding(row="21", done="workers and launchers of another code, space or Optuna")
+        finding = Finding(
+            row="21",
+            done="workers and launchers of another code, space or Optuna; another patch release",
+        )
+        major, minor, patch = importlib.metadata.version("hpo-vision").split(".")
         plans = {
             "Optuna": FaultPlan(folder="", versions={"optuna": "9.9.9"}),
-            "hpo": FaultPlan(folder="", versions={"hpo-vision": "9.9.9"}),
+            "hpo": FaultPlan(folder="", versions={"hpo-vision": f"{major}.{int(minor) + 1}.0"}),
             "spec": FaultPlan(folder="", constants={"hpo.spec.VERSION": 99}),
             "tables": FaultPlan(folder="", constants={"storage.schema.VERSION": 99}),
         }
@@ -102,6 +110,17 @@ def other_versions(arena: Arena, _long: bool) -> Iterator[Finding]:
         _refused(finding, stage, "seed", "launch", "--trials", "3", "--seed", "7")
         (trials,) = stage.query("SELECT count(*) FROM trials")
         finding.check(trials == (2,), f"{trials[0]} trials: somebody who was refused has worked")
+        other_patch = FaultPlan(
+            folder=str(stage.folder),
+            versions={"hpo-vision": f"{major}.{minor}.{int(patch) + 1}"},
+            leg_seconds=0.1,
+        )
+        code = stage.launch(
+            trials=3, workers=1, epochs=3, **{VARIABLE: other_patch.to_json()}
+        ).wait(240)
+        status = stage.json("status")
+        ended = status["complete"] + status["pruned"]
+        finding.check((code, ended) == (0, 3), f"a launch of another patch: {code}, {ended} trials")
         yield finding
 
 

@@ -125,7 +125,8 @@ def _before_rmtree(path: Any, *_: Any, **__: Any) -> None:
 
 
 def _after_read(payload: bytes | None, path: Path) -> None:
-    witness("read", file_token=int(path.parent.name), valid=payload is not None)
+    if path.parent.name.isdigit():  # a checkpoint, and not what a retraining has left
+        witness("read", file_token=int(path.parent.name), valid=payload is not None)
 
 
 def wrap_suggest(module: ModuleType) -> None:
