@@ -1,4 +1,4 @@
-"""The product's own commands under the faults of FAULTS.md.
+"""The product's own commands under the faults of docs/faults.md.
 
     python -m benchmarks.chaos --short                some minutes, as the tests do it
     python -m benchmarks.chaos --long --out F         about an hour; make chaos writes chaos.md

@@ -96,7 +96,7 @@ def document(found: list[Finding], form: str) -> str:
             "",
             f"Made by `python -m benchmarks.chaos --{form}` on {date.today()}: {where['cores']} "
             f"cores of {where['cpu']}, torch {where['torch']}, leases of 2 s. Rows and invariants "
-            "are those of FAULTS.md. Epochs are counted by the witness, a log that the workers "
+            "are those of docs/faults.md. Epochs are counted by the witness, a log that workers "
             "write beside the tables: those run, those run to their end more than once, and the "
             "parts of an epoch that were begun and not ended.",
             "",

@@ -1,4 +1,4 @@
-"""Compares a stage's tables with its witness: the invariants I1 to I6 of FAULTS.md."""
+"""Compares a stage's tables with its witness: the invariants I1 to I6 of docs/faults.md."""
 
 import itertools
 import time

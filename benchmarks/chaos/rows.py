@@ -1,4 +1,4 @@
-"""The rows of FAULTS.md, by number, and how one is run."""
+"""The rows of docs/faults.md, by number, and how one is run."""
 
 import sys
 import traceback
@@ -9,8 +9,11 @@ from benchmarks.chaos import (
     rows_disk,
     rows_export,
     rows_hostile,
+    rows_ill,
     rows_kills,
+    rows_launches,
     rows_network,
+    rows_preempted,
     rows_signals,
     rows_steering,
     rows_trials,
@@ -46,6 +49,15 @@ ROWS: dict[str, Row] = {
     "24": rows_steering.launch_interrupted,
     "25": rows_export.export_killed,
     "26": rows_hostile.hostile,
+    "28": rows_ill.poison,
+    "29": rows_ill.sick_workers,
+    "30": rows_preempted.preempted,
+    "31": rows_database.away_for_long,
+    "32": rows_ill.slow_data,
+    "33": rows_export.retraining_killed,
+    "34": rows_launches.second_launch,
+    "35": rows_launches.refused_launches,
+    "36": rows_database.few_connections,
 }
 SHORT = ["1", "2", "5", "8", "14", "15", "18"]
 

@@ -1,5 +1,6 @@
-"""Rows 8, 9, 14, 15: the database goes and comes, workers come and go."""
+"""Rows 8, 9, 14, 15, 31, 36: the database goes and comes, workers come and go."""
 
+import contextlib
 import math
 import random
 import signal
@@ -10,10 +11,13 @@ from benchmarks.chaos.audit import Finding, audit
 from benchmarks.chaos.faults import FaultPlan
 from benchmarks.chaos.stage import STUDY, Arena, Command, Stage, repeat, wait_for
 from benchmarks.chaos.zygote import Forked, Zygote
+from hpo.errors import ExitCode
 from hpo.spec import StudySpec
 from storage.leases import MOST_FRUITLESS_ATTEMPTS
+from tests.parts import TcpPostgres, free_port
 
 BUDGET = 50
+MOST_CONNECTIONS = 20
 
 
 def postgres_restarted(arena: Arena, long: bool) -> Iterator[Finding]:
@@ -53,6 +57,74 @@ def postgres_down(arena: Arena, long: bool) -> Iterator[Finding]:
             finding.check(finding.counts and finding.counts.attempts == 16, "a lease was stolen")
             _nobody_left(finding, stage, 2)
             yield finding
+
+
+def away_for_long(arena: Arena, long: bool) -> Iterator[Finding]:
+    """Row 31. The launcher's own patience is that of its user."""
+    patience, away, budget = 5, 60.0 if long else 25.0, 40
+    patient = {"storage.database.OUTAGE_SECONDS": patience}
+    with arena.stage(FaultPlan(folder="", leg_seconds=0.3, constants=patient)) as stage:
+        launcher = stage.launch("--pruner", "none", trials=budget, workers=2, epochs=5)
+        wait_for("a worker trains", lambda: stage.witness("begin"), seconds=240)
+        alone = stage.start("worker", "--study", STUDY)
+        wait_for("all train", lambda: len(_trainers(stage)) == 3, seconds=240)
+        before = _trainers(stage)
+        stage.restart_postgres("immediate", down_seconds=away)
+        # each worker that has left cuts a part of an epoch
+        stage.num_signals += len(before)
+        left = alone.wait(240)
+        code = launcher.wait(240)
+        done = f"Postgres away for {away:.0f} s, a worker's patience of {patience} s; simulated"
+        finding = audit(stage, "31", done=done, budget=budget, epochs=5)
+        finding.check(code == 0, f"launch ended with {code}: {launcher.stderr[-200:]}")
+        finding.check(left == ExitCode.GIVEN_BACK, f"the worker alone ended with {left}")
+        new = _trainers(stage) - before
+        finding.check(len(new) == 2, f"{len(new)} workers came after the outage, not 2")
+        finding.check("waiting for the database" in launcher.stderr, "launch doesn't say it waits")
+        yield finding
+
+
+def _trainers(stage: Stage) -> set[int]:
+    return {line["pid"] for line in stage.witness("leg")}
+
+
+def few_connections(arena: Arena, long: bool) -> Iterator[Finding]:
+    """Row 36. A worker that waits for a connection is not known to the database for that long."""
+    budget, workers = (400, 30) if long else (60, 30)
+    starting = {} if long else {"hpo.watch._STARTING_SECONDS": 4}
+    plan = FaultPlan(folder="", leg_seconds=1.0, constants=starting)
+    with _small_server(arena) as server, Arena(server.folder, server).stage(plan) as stage:
+        launcher = stage.launch(trials=budget, workers=workers)
+        code = launcher.wait(900 if long else 300)
+        done = f"{workers} workers, {MOST_CONNECTIONS} connections; simulated"
+        finding = audit(stage, "36", done=done, budget=budget)
+        finding.check(code == 0, f"launch ended with {code}: {launcher.stderr[-200:]}")
+        log = launcher.stderr
+        replaced = log.count("starting another")
+        finding.check(replaced == 0, f"{replaced} workers were replaced")
+        finding.check("killed" not in log, "workers that wait for a connection were killed")
+        assert finding.counts is not None
+        finding.check(finding.counts.attempts == budget, f"{finding.counts.attempts} attempts")
+        logs = (stage.home / "logs").rglob("worker-*.log")
+        waited = sum("waiting for the database" in each.read_text() for each in logs)
+        finding.check(waited, "no worker had to wait for a connection: nothing was tried")
+        finding.notes.append(f"{waited} workers waited, {len(_trainers(stage))} trained")
+        yield finding
+
+
+@contextlib.contextmanager
+def _small_server(arena: Arena) -> Iterator[TcpPostgres]:
+    folder = arena.folder / "small"
+    folder.mkdir(parents=True)
+    server = TcpPostgres(folder, free_port())
+    server.make()
+    with (folder / "data" / "postgresql.conf").open("a") as settings:
+        settings.write(f"max_connections = {MOST_CONNECTIONS}\n")
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop("immediate")
 
 
 def _nobody_left(finding: Finding, stage: Stage, workers: int) -> None:
