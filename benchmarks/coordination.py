@@ -58,7 +58,7 @@ TO_HOLD = {
     "64 workers: connections a worker": 1.2,
     "500 short trials: time over the ideal": 1.2,
 }
-"""What FAULTS.md promises; connections come with a storage of our own."""
+"""The figures to hold; connections come with a storage of our own."""
 
 
 def make_study(url: str, *, budget: int, epochs: int, first_rung: int) -> tuple[StudyRecord, Any]:
