@@ -93,7 +93,7 @@ def closed_folders() -> list[tuple[Path, Path]]:
     """Folders that other users can't enter, as /root is, and what they need in each."""
     paths = sysconfig.get_paths()
     libraries = {sys.base_prefix, sys.prefix, paths["purelib"], paths["platlib"], *sys.path}
-    found = []
+    found: list[tuple[Path, Path]] = []
     for needed in sorted({Path(os.path.realpath(each)) for each in libraries if each} | {ROOT}):
         above = next((p for p in reversed(needed.parents) if not p.stat().st_mode & 0o001), None)
         if above is not None and not any(needed.is_relative_to(other) for _, other in found):
