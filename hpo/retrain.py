@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hpo.candidates import Candidate
-from hpo.errors import Interrupted, NoTrialError
+from hpo.errors import Interrupted, NoTrialError, StudyFailsError
 from hpo.executors.local import num_cores
 from hpo.objective import RETRAINING, Retraining
 from hpo.recheck import RunWorkers, fresh_seed
@@ -74,8 +74,9 @@ class Retrainer:
         """Decide on validation how weights are averaged, then train on train and validation.
 
         data: with its validation split. tries_soup: whether a soup may be tried, where one makes
-        sense. Raises NoTrialError if the winner can't be trained again, Interrupted if that was
-        stopped, and what the workers' launch raises.
+        sense. Raises NoTrialError if the winner diverges with another seed, StudyFailsError if
+        its training ends by errors, Interrupted if it was stopped, and what the workers' launch
+        raises.
         """
         from trainer.averaging import soup
         from trainer.backbones import as_fed
@@ -194,6 +195,11 @@ class Retrainer:
             run = ended.get(key)
             if run is None:
                 raise Interrupted("the retraining was stopped; the same command goes on with it")
+            if run.state == "FAIL":
+                raise StudyFailsError(
+                    f"retraining trial {trial.number} failed: {run.attributes.get('reason')}; "
+                    "the same command trains it again"
+                )
             if run.state != "COMPLETE":
                 raise NoTrialError(
                     f"trial {trial.number} can't be trained again with another seed: "

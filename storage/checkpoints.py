@@ -149,7 +149,7 @@ def _by_step(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def write_file(path: Path, payload: bytes) -> None:
-    """All of it or nothing, also when the machine stops here."""
+    """All of it or nothing, also when the machine stops here. Raises OSError, with this path."""
     partial = f".{path.name}.partial"
     folder = _open_folder(path.parent)
     try:
@@ -160,9 +160,10 @@ def write_file(path: Path, payload: bytes) -> None:
             os.fsync(file.fileno())
         os.rename(partial, path.name, src_dir_fd=folder, dst_dir_fd=folder)
         os.fsync(folder)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(partial, dir_fd=folder)
+        error.filename = str(path)  # of a full disk there is none, or that of the partial file
         raise
     finally:
         os.close(folder)

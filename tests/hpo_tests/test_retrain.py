@@ -1,5 +1,6 @@
 """The last training of the winner: one model, or a soup of several from the same weights."""
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -10,14 +11,14 @@ import safetensors.torch
 import torch
 
 from hpo.candidates import Candidate, RecheckPlan, pays_for_soup
-from hpo.errors import Interrupted
+from hpo.errors import ExitCode, Interrupted, StudyFailsError
 from hpo.retrain import Retrainer, makes_a_soup
 from hpo.space import SearchSpace
 from hpo.spec import StudySpec
 from storage.checkpoints import checkpoint_root
 from storage.database import Database
 from storage.snapshots import StudySnapshot, TrialSnapshot, snapshot
-from storage.studies import create_study, find_study
+from storage.studies import StudyRecord, create_study, find_study
 from tests.workers import work
 from trainer import augment as augmenting
 from trainer import loop
@@ -202,6 +203,28 @@ def test_a_retraining_that_was_interrupted_goes_on_where_it_was(
     assert batches["seen"] == 32  # 16 batches an epoch, two epochs, and none of them twice
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, result.model.state_dict()[name])
+
+
+def test_a_retraining_that_fails_says_why_and_that_the_same_command_tries_again(
+    digits: ImageDataset, retrainer: Retrainer
+) -> None:
+    def tries(child: StudyRecord, **_: Any) -> StudySnapshot:
+        in_the_way = checkpoint_root() / str(child.checkpoint_key) / "results"
+        in_the_way.parent.mkdir(parents=True, exist_ok=True)
+        in_the_way.touch()
+        while snapshot(retrainer.database, child.study_id).count("FAIL") == 0:
+            work(retrainer.database, child, ends=(ExitCode.GIVEN_BACK,))
+        in_the_way.unlink()
+        return snapshot(retrainer.database, child.study_id)
+
+    failing = dataclasses.replace(retrainer, run_workers=tries)
+    with pytest.raises(StudyFailsError) as raised:
+        failing.retrain(candidate(0), digits, tries_soup=False)
+    assert str(raised.value).startswith("retraining trial 0 failed: 3 attempts in a row")
+    assert "/results" in str(raised.value)
+    assert str(raised.value).endswith("; the same command trains it again")
+    again = retrainer.retrain(candidate(0), digits, tries_soup=False)
+    assert again.history[-1]["epoch"] == 2
 
 
 @pytest.mark.parametrize(("searched", "pays"), [(17, False), (18, True)])

@@ -1,9 +1,10 @@
 import os
+import resource
 from pathlib import Path
 
 import pytest
 
-from storage.checkpoints import TrialCheckpoints
+from storage.checkpoints import TrialCheckpoints, read_file, write_file
 from storage.errors import LeaseLost
 
 
@@ -134,6 +135,20 @@ def test_a_root_that_can_not_be_written_is_an_os_error(tmp_path: Path) -> None:
     file.write_text("")
     with pytest.raises(OSError, match="Not a directory"):
         attempt(file, 1).take_over()
+
+
+def test_a_file_that_finds_no_room_names_itself_and_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "state.ckpt"
+    write_file(path, b"before")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**10, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"state\.ckpt'$"):
+            write_file(path, bytes(2**20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert read_file(path) == b"before"
+    assert os.listdir(tmp_path) == ["state.ckpt"]
 
 
 @pytest.mark.parametrize("place", ["7", "7/3"])
