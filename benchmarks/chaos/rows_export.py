@@ -55,14 +55,19 @@ def _killed(stage: Stage, points: tuple[tuple[str, int], ...], *, done: str) -> 
     found = []
     for name, passing in points:
         of_a_worker = name in OF_A_WORKER
+        target = out.with_name("went-on") if of_a_worker else out
         plan = _plan(stage, Fault(point=name, after=passing, command=not of_a_worker))
-        code = _export(stage, out, plan).wait(EXPORT_SECONDS)
+        code = _export(stage, target, plan).wait(EXPORT_SECONDS)
         stage.num_kills += 1
         finding.check(_lines(plan, "fault"), f"nobody passed {name}, {passing}")
         # a worker's retraining goes on in the next worker
         expected = 0 if of_a_worker else -signal.SIGKILL
         finding.check(code == expected, f"killed {name}, {passing}: it ended with {code}")
-        found.append(_look(finding, out, trial=best, after=f"{name}, {passing}"))
+        state = _look(finding, target, trial=best, after=f"{name}, {passing}")
+        if of_a_worker:
+            finding.check(state == "whole", f"after {name}, {passing} the export is {state}")
+        else:
+            found.append(state)
     finding.check(older or "absent" in found, "never absent: nothing was tried before its end")
     finding.check("whole" in found, "never there: nothing was tried after its end")
     if older:
