@@ -37,6 +37,7 @@ _ANSWER_SECONDS = 20.0
 _IDLE_SECONDS = 20.0
 """In a transaction: a client that vanished or was stopped must not keep its locks for longer."""
 _NO_OPTIONS = "unsupported startup parameter"
+_NO_ROOM = "No space left on device"
 _DRIVER = "postgresql+psycopg2"
 _INVALID_VALUE = re.compile(r'invalid \w+ value: "')
 """libpq's words for a parameter, of the URL or the environment, that can't be so."""
@@ -139,6 +140,8 @@ class Database:
                     reason += (
                         ": take options out of the URL and PGOPTIONS, or let pgbouncer ignore them"
                     )
+                if _NO_ROOM in reason:
+                    reason += ": make room on the disk of its data"
                 if hopeless(reason):
                     raise StorageError(f"{self.name} refuses: {reason}") from None
                 if time.monotonic() + pause > deadline or self.cancelled.is_set():

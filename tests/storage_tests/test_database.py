@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import psycopg2
 import pytest
 from sqlalchemy import text
 
@@ -121,6 +122,17 @@ def test_whoever_waits_for_the_database_is_heard_of_each_second() -> None:
         database.open()
     assert len(heard) > 5
     assert max(after - before for before, after in itertools.pairwise(heard)) < 1.6
+
+
+def test_a_disk_of_the_database_that_is_full_is_told_with_the_way_out() -> None:
+    database = Database("postgresql://me@127.0.0.1/x")
+    database.patience_seconds = 0.0
+
+    def refused() -> None:
+        raise psycopg2.OperationalError("FATAL: could not write init file: No space left on device")
+
+    with pytest.raises(DatabaseUnreachable, match="No space left on device: make room on the disk"):
+        database.patiently(refused)
 
 
 def test_an_error_of_our_own_is_not_tried_again(database: Database) -> None:
