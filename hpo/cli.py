@@ -635,7 +635,12 @@ def _watch(
         database=database,
         record=record,
         executor=executor,
-        view=ProgressView(record.name, num_epochs=num_epochs, stream=sys.stderr),
+        view=ProgressView(
+            record.name,
+            num_epochs=num_epochs,
+            stream=sys.stderr,
+            shows_best=record.parent_id is None,
+        ),
         lease_seconds=float(record.spec["lease_seconds"]),
         command=command,
     )

@@ -21,6 +21,8 @@ from storage.snapshots import StudySnapshot, TrialSnapshot
 from trainer.data.options import Progress
 
 LINE_SECONDS = 5.0
+_NARROWEST_TABLE = 60
+"""Columns of a terminal below which a table's cells have no room for what is in them."""
 
 
 class PlainConsole(Console):
@@ -40,19 +42,28 @@ class PlainConsole(Console):
                 yield Segment(escaped(segment.text, keep="\n"), segment.style)
 
 
+def moves(console: Console) -> bool:
+    """Whether the console can write over what it has written, as a dumb terminal can't."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
 class ProgressView:
     """Shows snapshots of one study as they come."""
 
-    def __init__(self, name: str, *, num_epochs: int, stream: TextIO) -> None:
-        self._name, self._num_epochs = name, num_epochs
+    def __init__(
+        self, name: str, *, num_epochs: int, stream: TextIO, shows_best: bool = True
+    ) -> None:
+        """shows_best: not where trials are trained again, whose values are no search's."""
+        self._name, self._num_epochs, self._shows_best = name, num_epochs, shows_best
         self._console = PlainConsole(stream)
+        self._is_live = moves(self._console)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
         self._started = time.monotonic()
         self._finished_at_start: int | None = None
         self._last_line, self._last_text = -LINE_SECONDS, ""
 
     def __enter__(self) -> "ProgressView":
-        if self._console.is_terminal:
+        if self._is_live:
             self._live.start()
         return self
 
@@ -68,8 +79,11 @@ class ProgressView:
         """Show the study as it is now."""
         if self._finished_at_start is None:
             self._finished_at_start = study.num_finished
-        if self._console.is_terminal:
-            self._live.update(Group(_words(self.line(study)), self._running(study)), refresh=True)
+        if self._is_live:
+            shown: list[RenderableType] = [_words(self.line(study))]
+            if self._console.width >= _NARROWEST_TABLE:
+                shown.append(self._running(study))
+            self._live.update(Group(*shown), refresh=True)
         elif time.monotonic() - self._last_line >= LINE_SECONDS:
             text = self.line(study)
             if text != self._last_text:
@@ -78,7 +92,6 @@ class ProgressView:
 
     def line(self, study: StudySnapshot) -> str:
         """The study in one line."""
-        best = best_trial(study.trials)
         speed = sum(worker.images_per_second for worker in study.workers)
         parts = [
             f"{self._name}: {study.num_finished}/{study.budget} trials",
@@ -88,7 +101,9 @@ class ProgressView:
         for state, word in (("WAITING", "waiting"), ("FAIL", "failed")):
             if study.count(state):
                 parts.append(f"{study.count(state)} {word}")
-        parts.append(f"best {_value(best)}" + (f" (trial {best.number})" if best else ""))
+        if self._shows_best:
+            best = best_trial(study.trials)
+            parts.append(f"best {_value(best)}" + (f" (trial {best.number})" if best else ""))
         parts.append(f"{speed:,.0f} images/s")
         left = self._seconds_left(study)
         if left is not None:
@@ -130,12 +145,13 @@ def reading_bar(stream: TextIO) -> Iterator[Progress]:
     words = TextColumn("reading {task.description}", markup=False)
     columns = (words, BarColumn(), MofNCompleteColumn())
     bar = Bar(*columns, TimeRemainingColumn(), console=console, transient=True)
+    is_live = moves(console)
     tasks: dict[str, TaskID] = {}
     last_line: float | None = None
 
     def tell(what: str, num_done: int, num_all: int) -> None:
         nonlocal last_line
-        if console.is_terminal:
+        if is_live:
             if what not in tasks:
                 bar.start()
                 tasks[what] = bar.add_task(escaped(what))

@@ -49,3 +49,13 @@ def test_nothing_is_shown_where_nothing_is_read() -> None:
     with reading_bar(stream):
         pass
     assert stream.getvalue() == ""
+
+
+def test_a_dumb_terminal_has_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    stream = Terminal()
+    with reading_bar(stream) as tell:
+        for number in (1233, 1234):
+            tell("pictures", number, 5000)
+    assert stream.getvalue() == "reading pictures: 1,234 of 5,000\n"

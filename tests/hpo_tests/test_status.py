@@ -61,10 +61,12 @@ def test_status_has_the_keys_of_the_contract() -> None:
     found = status_json("s", study(trial(0), trial(1, "PRUNED"), trial(2, "RUNNING", None)))
     assert list(found) == [
         "study", "budget", "complete", "pruned", "failed", "running", "waiting", "num_epochs",
-        "seconds", "mfu", "spent", "best", "workers",
+        "seconds", "mfu", "spent", "best", "workers", "sick",
     ]  # fmt: skip
     assert found["best"] == {"number": 0, "value": 0.5, "params": {"lr": 0.1}}
-    assert list(found["workers"][0]) == ["id", "host", "pid", "device", "trial", "epoch"]
+    assert list(found["workers"][0]) == [
+        "id", "host", "pid", "device", "state", "trial", "epoch",
+    ]  # fmt: skip
     assert found["workers"][0]["epoch"] == 1.0
     assert status_json("s", study())["best"] is None
 
@@ -89,6 +91,45 @@ def test_where_there_is_no_terminal_a_line_tells_how_it_goes() -> None:
     assert stream.getvalue() == (
         "s: 2/5 trials, 1 running, 1 pruned, best 0.5000 (trial 0), 100 images/s\n"
     )
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is one."""
+
+    def isatty(self) -> bool:
+        """Yes."""
+        return True
+
+
+@pytest.mark.parametrize(("columns", "shows_table"), [(120, True), (20, False)])
+def test_a_terminal_has_a_table_where_there_is_room_for_one(
+    columns: int, shows_table: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    with ProgressView("s", num_epochs=3, stream=stream) as view:
+        view.show(study(trial(0, "RUNNING")))
+    assert "s: 0/5 trials" in stream.getvalue()
+    assert ("images/s" in stream.getvalue().replace("100 images/s", "")) == shows_table
+    assert "\u2026" not in stream.getvalue()
+
+
+def test_a_dumb_terminal_has_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    with ProgressView("s", num_epochs=3, stream=stream) as view:
+        view.show(study(trial(0)))
+    assert stream.getvalue() == (
+        "s: 1/5 trials, 0 running, 0 pruned, best 0.5000 (trial 0), 100 images/s\n"
+    )
+
+
+def test_trainings_for_an_export_have_no_best_of_a_search() -> None:
+    stream = io.StringIO()
+    with ProgressView("s:retrain-1", num_epochs=3, stream=stream, shows_best=False) as view:
+        view.show(study(trial(0, value=-1.5)))
+    assert stream.getvalue() == "s:retrain-1: 1/5 trials, 0 running, 0 pruned, 100 images/s\n"
 
 
 @pytest.mark.parametrize(
