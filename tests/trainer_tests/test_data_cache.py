@@ -236,7 +236,7 @@ def test_two_launches_at_once_one_killed_half_way_leave_one_whole_cache(
         assert survivor.returncode == 0, err
         assert _session(victim.pid) == []
     names = sorted(path.name.partition("-")[0] for path in cache.iterdir())
-    assert names == ["images", "index"]
+    assert names == ["images", "index", "set"]
     assert [path.name for path in cache.glob("index-*/*")] == ["index.json"]
     data = load(str(folder), seed=0)
     words = [data.fingerprint, len(data.train), len(data.val), int(data.train.images.sum())]

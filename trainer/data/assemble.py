@@ -21,15 +21,15 @@ from trainer.data.dataset import ImageDataset, Split
 from trainer.data.decoding import Task, decode, decoders
 from trainer.data.findings import Findings, Unusable, one_line
 from trainer.data.listing import Listing, Picture
-from trainer.data.mapped import map_images, write_whole
+from trainer.data.mapped import are_whole, map_images, note_whole, write_whole
 from trainer.data.options import DataOptions, Progress, no_progress
+from trainer.data.prepared import IMAGES
 from trainer.data.similarity import group_duplicates
 from trainer.data.splits import draw, draw_test, make_dataset, validation_share
 from trainer.data.survey import Seen, Survey, surveyed
 
-_FORMAT = 1
+_FORMAT = 2
 """Of the cache's files and of the pixels in them: another number, another cache."""
-_IMAGES = "images"
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ def load_pictures(
         if not train or not val or not test:
             num_pictures = len(train) + len(val) + len(test)
             raise DataError(f"{listing.source}: too few pictures for a split ({num_pictures})")
-        images = _images([*train, *val], survey, options, progress)
+        images, kept_in = _images([*train, *val], survey, options, progress)
 
     def open_test() -> Split:
         with full_disks_told(), decoders() as working:
             later = Survey(seen={}, input_size=survey.input_size, decoders=working)
-            return Split(_images(test, later, options, progress), _labels(test))
+            return Split(_images(test, later, options, progress)[0], _labels(test))
 
     data = make_dataset(
         name=name,
@@ -97,7 +97,7 @@ def load_pictures(
         findings=findings,
     )
     groups = torch.tensor([picture.group for picture in (*train, *val)])
-    return dataclasses.replace(data, groups=groups)
+    return dataclasses.replace(data, groups=groups, kept_in=kept_in)
 
 
 def _sort_out(
@@ -227,28 +227,31 @@ def _labels(pictures: Sequence[_Known]) -> Tensor:
 
 def _images(
     pictures: Sequence[_Known], survey: Survey, options: DataOptions, progress: Progress
-) -> Tensor:
-    """The pictures as images, from the cache: uint8 (N,C,H,W).
+) -> tuple[Tensor, str]:
+    """The pictures as images, uint8 (N,C,H,W), and the folder of the cache that holds them.
 
-    The cache's name is that of the pictures' bytes in their order, and of their size.
+    Its name is that of the pictures' bytes in their order, and of their size.
     """
     shape = (len(pictures), *survey.input_size)
     content = json.dumps([_FORMAT, shape, [picture.sha256 for picture in pictures]])
 
     def build(folder: Path) -> None:
-        path = folder / _IMAGES
+        path = folder / IMAGES
         write_whole(path, math.prod(shape))
         _copy_rows(pictures, survey, path)
         _decode_rows(pictures, survey, path, progress)
         with path.open("rb") as file:
             os.fsync(file.fileno())
+        note_whole(path)
 
+    name = f"images-{hashlib.sha256(content.encode()).hexdigest()[:32]}"
     held = held_folder(
-        f"images-{hashlib.sha256(content.encode()).hexdigest()[:32]}",
+        name,
         build,
         num_bytes=math.prod(shape),
+        is_whole=lambda folder: are_whole(folder / IMAGES),
     )
-    return map_images(held, _IMAGES, shape, max_memory_bytes=options.max_memory_bytes)
+    return map_images(held, IMAGES, shape, max_memory_bytes=options.max_memory_bytes), name
 
 
 def _copy_rows(pictures: Sequence[_Known], survey: Survey, path: Path) -> None:

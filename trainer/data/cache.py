@@ -36,19 +36,29 @@ class Held:
         os.close(self.lock)
 
 
-def held_folder(name: str, build: Callable[[Path], None], *, num_bytes: int) -> Held:
+def _always(_folder: Path) -> bool:
+    return True
+
+
+def held_folder(
+    name: str,
+    build: Callable[[Path], None],
+    *,
+    num_bytes: int,
+    is_whole: Callable[[Path], bool] = _always,
+) -> Held:
     """The folder of this name in the cache, built if it isn't there.
 
     build: fills an empty folder; one process does, others wait for it, and go on from the
-    beginning if it dies. num_bytes: what it will take, about. Raises DataError if the cache
+    beginning if it dies. num_bytes: what it will take, about. is_whole: whether what is there is
+    what was built; what a failing disk has changed is built anew. Raises DataError if the cache
     can't be written.
     """
     root = _root()
     path = root / name
     while True:
-        held = _hold(path)
+        held = found_folder(name, is_whole)
         if held is not None:
-            os.utime(path)
             return held
         with locked_folder(root / (_PARTIAL + name)) as partial:
             if path.is_dir():
@@ -62,6 +72,29 @@ def held_folder(name: str, build: Callable[[Path], None], *, num_bytes: int) -> 
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
             partial.rename(path)
+
+
+def found_folder(name: str, is_whole: Callable[[Path], bool] = _always) -> Held | None:
+    """The folder of this name in the cache if it is there and whole; a broken one is removed.
+
+    Processes that have files of a broken one mapped keep them. Raises DataError if the cache can't
+    be written.
+    """
+    path = _root() / name
+    held = _hold(path)
+    if held is None:
+        return None
+    if is_whole(path):
+        os.utime(path)
+        return held
+    _log.warning("%s in the cache is not whole: it is made anew", name)
+    gone = path.with_name(_GONE + secrets.token_hex(8))
+    with contextlib.suppress(FileNotFoundError):  # another process was faster
+        if _is_at(path, held.lock):
+            path.rename(gone)
+    held.let_go()
+    shutil.rmtree(gone, ignore_errors=True)
+    return None
 
 
 def kept_folder(name: str) -> Path:

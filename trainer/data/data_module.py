@@ -1,4 +1,4 @@
-"""A LightningDataModule of the user's own as a data set: its items, read once and kept as bytes."""
+"""A LightningDataModule of the user's own as a data set: its items, read and kept as bytes."""
 
 import contextlib
 import inspect
@@ -14,6 +14,7 @@ from torch import Tensor
 from trainer.config import ConfigError, DataError
 from trainer.data.dataset import ImageDataset, Split, fingerprint
 from trainer.data.options import DataOptions, Progress
+from trainer.data.prepared import in_cache
 from trainer.data.roots import data_root
 from trainer.data.splits import draw_test, make_dataset
 from trainer.foreign import one_line
@@ -57,7 +58,7 @@ def load(source: str, *, seed: int, options: DataOptions, progress: Progress) ->
         rest, drawn = draw_test(train.labels, identity)
         train, test = train.take(rest), train.take(drawn)
         open_test = lambda: test  # noqa: E731
-    return make_dataset(
+    data = make_dataset(
         name=source.rpartition(":")[2],
         training=train,
         val=val,
@@ -67,6 +68,26 @@ def load(source: str, *, seed: int, options: DataOptions, progress: Progress) ->
         open_test=open_test,
         seed=seed,
     )
+    return in_cache(data, options)
+
+
+def read_test(source: str, *, fingerprint: str, options: DataOptions, progress: Progress) -> Split:
+    """The test split of a module whose other items an earlier process has read.
+
+    Where the module has no test_dataloader, all items are read again, since it is drawn from them.
+    Raises DataError, also if those are others than the fingerprint's.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        own = _Own(source)
+        own.call("prepare_data")
+        own.call("setup", "fit")
+        if own.has("test_dataloader"):
+            own.call("setup", "test")
+            return _read(source, "test", own.data_set("test_dataloader"), progress)
+    data = load(source, seed=0, options=options, progress=progress)
+    if data.fingerprint != fingerprint:
+        raise DataError(f"data {source}: its items have changed since they were first read")
+    return data.open_test()
 
 
 class _Own:

@@ -76,6 +76,8 @@ class ImageDataset:
     groups: Tensor | None = None
     """int64, of the train and then of the val images: those of one number are the same picture, or
     nearly. None where nobody has looked."""
+    kept_in: str | None = None
+    """The folder of the cache that holds the images of train and then of val, in one file."""
 
     def __post_init__(self) -> None:
         _check(len(self.train) > 0, f"{self.name}: no training images")
@@ -124,7 +126,9 @@ class ImageDataset:
         labels = torch.cat([self.train.labels, self.val.labels])
         mean, std = channel_statistics(images)
         train = Split(images, labels)
-        return dataclasses.replace(self, train=train, val=train.take([]), mean=mean, std=std)
+        return dataclasses.replace(
+            self, train=train, val=train.take([]), mean=mean, std=std, kept_in=None
+        )
 
 
 def check_split(split: Split, input_size: tuple[int, int, int], num_classes: int) -> Split:

@@ -1,11 +1,12 @@
 """Images in a file that is mapped into memory: read by many processes, held once by the kernel."""
 
+import hashlib
 import mmap
 import os
 import warnings
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -15,6 +16,12 @@ from trainer.data.cache import Held
 
 _FAULT_BYTES = 2**16
 """What the kernel maps around a page that is touched (16 pages)."""
+
+
+_NUM_BLOCKS, _BLOCK_BYTES = 64, 2**16
+"""Of a file, by which it is known to be whole."""
+_NOTE = ".whole"
+"""What the name of that note ends with."""
 
 
 class Residency:
@@ -96,6 +103,36 @@ def write_whole(path: Path, num_bytes: int) -> None:
             os.posix_fallocate(file.fileno(), 0, num_bytes)
         else:
             file.truncate(num_bytes)
+
+
+def note_whole(path: Path) -> None:
+    """Write down, beside a file that is whole, by what are_whole knows it again."""
+    with path.open("rb") as file:
+        path.with_name(path.name + _NOTE).write_text(_sampled(file), encoding="ascii")
+
+
+def are_whole(path: Path) -> bool:
+    """Whether a file is as it was when note_whole noted it, by its size and 64 blocks of it.
+
+    A file of up to 4 MiB is compared as a whole. Of a larger one a few changed bytes go unnoticed,
+    but not a part that was lost.
+    """
+    try:
+        with path.open("rb") as file:
+            return path.with_name(path.name + _NOTE).read_bytes() == _sampled(file).encode()
+    except OSError:
+        return False
+
+
+def _sampled(file: BinaryIO) -> str:
+    """Digest of the file's size and of blocks spread over it evenly, the first and the last too."""
+    num_bytes = os.fstat(file.fileno()).st_size
+    last = max(0, num_bytes - _BLOCK_BYTES)
+    starts = sorted({last * index // (_NUM_BLOCKS - 1) for index in range(_NUM_BLOCKS)})
+    digest = hashlib.sha256(str(num_bytes).encode())
+    for start in starts:
+        digest.update(os.pread(file.fileno(), _BLOCK_BYTES, start))
+    return digest.hexdigest()
 
 
 def join(first: Tensor, second: Tensor) -> Tensor:

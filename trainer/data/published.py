@@ -71,11 +71,12 @@ def load(name: str, *, seed: int, options: DataOptions, progress: Progress) -> "
     if options.image_size is not None:
         raise ConfigError(f"--image-size is for picture files: {name} has images of one size")
     from trainer.data.dataset import fingerprint
+    from trainer.data.prepared import in_cache
     from trainer.data.splits import make_dataset
 
     training = _split(opened["train"])
     class_names = published.names(opened["train"])
-    return make_dataset(
+    data = make_dataset(
         name=name,
         training=training,
         class_names=class_names,
@@ -84,6 +85,7 @@ def load(name: str, *, seed: int, options: DataOptions, progress: Progress) -> "
         open_test=lambda: _split(published.open(root, "test")),
         seed=seed,
     )
+    return in_cache(data, options)
 
 
 def _load_pictures(

@@ -14,8 +14,9 @@ from trainer.data.options import DEFAULT_OPTIONS, DataOptions, Progress, no_prog
 from trainer.data.published import PUBLISHED
 
 if TYPE_CHECKING:
-    from trainer.data.dataset import ImageDataset
+    from trainer.data.dataset import ImageDataset, Split
     from trainer.data.listing import Listing
+    from trainer.data.prepared import Known
 
 Source = Callable[[int, DataOptions, Progress], "ImageDataset"]
 """Gets the seed, the options and who is told of progress."""
@@ -27,24 +28,74 @@ def load(
     seed: int,
     options: DataOptions = DEFAULT_OPTIONS,
     progress: Progress = no_progress,
+    fingerprint: str | None = None,
 ) -> "ImageDataset":
     """The data set of a source; the seed draws its validation split and nothing else.
 
     source: a key of SOURCES, lightning:package:Class, or the path of a folder, a table or an export
-    (it has a separator, or exists). Raises DataError, one line, if the source is unknown or its
-    data can't be used; ConfigError if an option is given that the source can't heed.
+    (it has a separator, or exists). fingerprint: of the data that are wanted; where the cache holds
+    them, the source is not looked at before its test split is opened. What is read without one, or
+    for want of them in the cache, may have another fingerprint. Raises DataError, one line, if the
+    source is unknown or its data can't be used; ConfigError if an option is given that the source
+    can't heed.
     """
     try:
-        name = source_name(source)
-        if source in SOURCES:
-            return SOURCES[source](seed, options, progress)
-        if source.startswith(MODULE):
-            from trainer.data.data_module import load as load_module
-
-            return load_module(source, seed=seed, options=options, progress=progress)
-        return _load_path(Path(settled_source(source)), name, seed, options, progress)
+        source_name(source)
+        settled = settled_source(source)
+        if source in SOURCES and source not in PUBLISHED:  # small, or mapped as they are
+            return _read(source, seed, options, progress)
+        return _load(settled, seed, options, progress, fingerprint)
     except OSError as error:
         raise DataError(f"{one_line(source)}: {one_line(error)}") from error
+
+
+def _load(
+    source: str, seed: int, options: DataOptions, progress: Progress, fingerprint: str | None
+) -> "ImageDataset":
+    """From the cache if that holds what is wanted, else from the source and into the cache."""
+    from trainer.data.prepared import Known, keep_prepared, open_prepared, prepare
+
+    def known(fingerprint: str) -> Known:
+        return Known(source=source, fingerprint=fingerprint, seed=seed, options=options)
+
+    def read() -> "ImageDataset":
+        return _read(source, seed, options, progress)
+
+    if fingerprint is None:
+        data = read()
+        keep_prepared(known(data.fingerprint), data)
+        return data
+    wanted = known(fingerprint)
+    while True:
+        found = open_prepared(wanted, lambda: _read_test(wanted, progress))
+        if found is None:
+            found = prepare(wanted, read)
+        if found is not None:
+            return found
+
+
+def _read(source: str, seed: int, options: DataOptions, progress: Progress) -> "ImageDataset":
+    """From the source itself."""
+    if source in SOURCES:
+        return SOURCES[source](seed, options, progress)
+    if source.startswith(MODULE):
+        from trainer.data.data_module import load as load_module
+
+        return load_module(source, seed=seed, options=options, progress=progress)
+    return _load_path(Path(source), source_name(source), seed, options, progress)
+
+
+def _read_test(known: "Known", progress: Progress) -> "Split":
+    """The test split of a data set whose other splits came from the cache."""
+    source, options = known.source, known.options
+    if source.startswith(MODULE):
+        from trainer.data.data_module import read_test
+
+        return read_test(source, fingerprint=known.fingerprint, options=options, progress=progress)
+    data = _read(source, known.seed, options, progress)
+    if data.fingerprint != known.fingerprint:
+        raise DataError(f"{one_line(source)} has changed since it was first read")
+    return data.open_test()
 
 
 def source_name(source: str) -> str:

@@ -12,6 +12,7 @@ from trainer.config import DataError
 from trainer.data.dataset import ImageDataset, Split, channel_statistics, check_split
 from trainer.data.findings import NOTHING_FOUND, Findings
 
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 TEST_SHARE = 0.2
 """Of a source without an official test split."""
 
@@ -84,10 +85,12 @@ def make_dataset(
     seed: int,
     val: Split | None = None,
     findings: Findings = NOTHING_FOUND,
+    statistics: Statistics | None = None,
 ) -> ImageDataset:
     """The data set of a source; without a val of its own it is drawn from training by the seed.
 
-    Raises DataError if there is nothing to draw, or the parts don't fit together.
+    statistics: channel_statistics of the training images, if they are known. Raises DataError if
+    there is nothing to draw, or the parts don't fit together.
     """
     train = training
     if val is None:
@@ -96,7 +99,7 @@ def make_dataset(
         train, val = training.take(rest), training.take(drawn)
     if not len(train) or not len(val):
         raise DataError(f"{name}: too few images for training and validation ({len(training)})")
-    mean, std = channel_statistics(train.images)
+    mean, std = channel_statistics(train.images) if statistics is None else statistics
 
     def read_test() -> Split:
         test = check_split(open_test(), data.input_size, data.num_classes)
