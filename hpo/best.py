@@ -119,7 +119,7 @@ def export_best(
     check_out(options.out)
     study = _study_to_choose_from(database, record)
     spec = StudySpec.from_json(record.spec)
-    data = spec.load_data()
+    data = spec.load_data(looks_anew=True)
     plan = plan_recheck(study, top_k=options.top_k, num_seeds=options.num_seeds, epochs=spec.epochs)
     notes = [*_notes(study), *([plan.note] if plan.note else [])]
     candidates = recheck(database, record, plan, run_workers=run_workers)

@@ -23,6 +23,7 @@ from hpo.warm_start import starting_points
 from storage.database import Database
 from storage.errors import StudyNotFound
 from storage.leftovers import logs_of, remove_leftovers
+from storage.snapshots import snapshot
 from storage.studies import (
     StudyRecord,
     check_checkpoint_place,
@@ -116,6 +117,8 @@ def prepare_study(
             f"study {name!r} has a budget of {record.budget} trials, which can grow but not shrink "
             f"to {budget}: leave --trials out to go on, or end the study with hpo stop"
         )
+    if record is not None and snapshot(database, record.study_id).num_finished < budget:
+        _look_at_files(spec, progress)
     points = starting_points(database, name, spec, options.search)
     if record is None:
         check_room(points, num_there=0, budget=budget)
@@ -131,6 +134,16 @@ def prepare_study(
     for folder in remove_leftovers(database):
         logger.info("removed %s of a study that was deleted", folder)
     return find_study(database, name)
+
+
+def _look_at_files(spec: StudySpec, progress: Progress) -> None:
+    """Raises UsageError or DataError if the study's files have changed, or are gone.
+
+    Its workers trust what the launch that made the study has read, for as long as the cache holds
+    it. Data by name don't change; a DataModule is taken at its word, since it may take minutes.
+    """
+    if os.path.isabs(spec.data):
+        spec.load_data(looks_anew=True, progress=progress)
 
 
 def within_grid(spec: StudySpec, budget: int) -> int:

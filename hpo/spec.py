@@ -12,8 +12,8 @@ from hpo.errors import UsageError
 from hpo.import_path import append_folders
 from hpo.limits import Limits
 from hpo.space import SearchSpace
-from trainer.config import ConfigError, Objective, Precision, TrainConfig, unknown_name
-from trainer.data.options import DEFAULT_OPTIONS, DataOptions
+from trainer.config import MODULE, ConfigError, Objective, Precision, TrainConfig, unknown_name
+from trainer.data.options import DEFAULT_OPTIONS, DataOptions, Progress, no_progress
 
 if TYPE_CHECKING:
     from trainer.data.dataset import ImageDataset
@@ -105,10 +105,15 @@ class StudySpec:
         """Of a trial that is not stopped."""
         return int(self.space.fields["epochs"])
 
-    def load_data(self) -> "ImageDataset":
+    def load_data(
+        self, *, looks_anew: bool = False, progress: Progress = no_progress
+    ) -> "ImageDataset":
         """The study's data. Raises DataError if it can't be read, UsageError if it is another.
 
-        Weights that trials start from are looked at, too: ConfigError if they can't be read.
+        What an earlier process has read and the cache holds is the study's, and neither its files
+        are listed nor a DataModule's code is run. looks_anew: files are, so that data that changed
+        or vanished are found out. Weights that trials start from are looked at, too: ConfigError if
+        they can't be read. progress: is told how far the reading of pictures is.
         """
         from trainer.data.registry import load
         from trainer.weights import digest
@@ -116,7 +121,14 @@ class StudySpec:
         for path, known in self.weights.items():
             if digest(Path(path)) != known:
                 raise UsageError(f"weights {path} are not those that the study was made with")
-        data = load(self.data, seed=self.seed, options=self.data_options)
+        trusts = not looks_anew or self.data.startswith(MODULE)  # whose items may take minutes
+        data = load(
+            self.data,
+            seed=self.seed,
+            options=self.data_options,
+            progress=progress,
+            fingerprint=self.fingerprint if trusts else None,
+        )
         if data.fingerprint != self.fingerprint:
             raise UsageError(
                 f"{self.data} is not the data that the study was made with: its fingerprint differs"

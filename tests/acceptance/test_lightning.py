@@ -76,3 +76,48 @@ def test_a_module_is_tuned_loses_nothing_to_a_kill_and_classifies_pictures(
     labels = map(str, test.labels.tolist())
     assert sum(row["class"] == label for row, label in zip(predicted, labels, strict=False)) >= 7
     assert "Traceback" not in err + done.stderr
+
+
+COUNTED = """
+import os
+from pathlib import Path
+import torch
+from lightning.pytorch import LightningDataModule
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader, TensorDataset
+
+class Counted(LightningDataModule):
+    def setup(self, stage):
+        with open(os.environ["NOTES"], "a") as file:
+            file.write(f"{stage} {os.getpid()}\\n")
+        found = load_digits()
+        images = torch.tensor(found.images / 16, dtype=torch.float32)[:, None]
+        self.parts = TensorDataset(images[:500], torch.tensor(found.target)[:500])
+    def train_dataloader(self):
+        return DataLoader(self.parts)
+"""
+
+
+def test_the_items_of_a_data_module_are_read_by_the_launch_that_makes_the_study_and_never_again(
+    database_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "counted_data.py").write_text(COUNTED)
+    (tmp_path / "home").mkdir()
+    notes = tmp_path / "notes"
+    variables = {"HPO_STORAGE": database_url, "PYTHONPATH": str(tmp_path), "NOTES": str(notes)}
+    hpo = Hpo(tmp_path / "home", variables)
+    common = ("launch", "--data", "lightning:counted_data:Counted", "--workers", "2")
+    made = hpo.run(*common, "--backbone", "smallcnn", "--epochs", "1", "--trials", "4")
+    assert made.returncode == 0, made.stderr
+    assert [line.split()[0] for line in notes.read_text().splitlines()] == ["fit"]
+    again = hpo.run(*common, "--trials", "6")
+    assert again.returncode == 0, again.stderr
+    shown = json.loads(hpo.run("status", "--json").stdout)
+    assert shown["complete"] + shown["pruned"] == 6
+    assert len(notes.read_text().splitlines()) == 1
+    # a retraining and the re-checks, too; the test split is drawn from all items
+    out = tmp_path / "out"
+    best = hpo.run("best", "--export", "--out", str(out), "--top-k", "1", "--seeds", "2",
+                   "--formats", "safetensors", "--json")  # fmt: skip
+    assert best.returncode == 0, best.stderr
+    assert len({line.split()[1] for line in notes.read_text().splitlines()}) == 2
