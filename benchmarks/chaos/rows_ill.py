@@ -130,7 +130,8 @@ def sick_workers(arena: Arena, _long: bool) -> Iterator[Finding]:
             }
             codes = [worker.wait(240) for worker in ill.values()]
             away = data.rename(data.with_name("away"))
-            ill["pictures"] = stage.start(*join)
+            # on another machine: here the study's data are in the cache
+            ill["pictures"] = stage.start(*join, HPO_HOME=str(stage.folder / "elsewhere"))
             codes.append(ill["pictures"].wait(240))
             away.rename(data)
             sick = stage.json("status")["sick"]
