@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
 _LEAVING_SECONDS = 15.0
 _STARTING_SECONDS = 60.0
+_QUIET_SECONDS, _SAY_AGAIN_SECONDS = 30.0, 60.0
+"""After these a worker that isn't known in the database is named, and named again."""
 _LONG_LIFE_SECONDS = 60.0
 """A worker that lived for so long was well when it started."""
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.25, 5.0
@@ -80,6 +82,8 @@ class Watch:
     _slots: list[_Slot] = field(default_factory=list)
     _received: signal.Signals | None = None
     _unseen_since: dict[str, float] = field(default_factory=dict)
+    _named_at: dict[str, float] = field(default_factory=dict)
+    """Worker id -> when it is to be named (again) as one that isn't at work."""
     _last_seen_at: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
     """Worker id -> the trial and step that it was at."""
     _shown_at: dict[str, int] = field(default_factory=dict)
@@ -139,6 +143,7 @@ class Watch:
                 self._ended(slot, worker, worker.exit_code)
         study = snapshot(self.database, self.record.study_id)
         self._note_work(study)
+        self._name_absent(study)
         self._end_hanging(study)
         self.view.show(study)
         is_done = [slot.is_done for slot in self._slots]
@@ -190,6 +195,24 @@ class Watch:
             if seen.id in slots and before is not None and before[0] is not None and now != before:
                 slots[seen.id].deaths = slots[seen.id].idle_deaths = 0
             self._last_seen_at[seen.id] = now
+
+    def _name_absent(self, study: StudySnapshot) -> None:
+        """Say what workers wait for that live and aren't at work, such as a database that takes
+        connections to read and has no room to write: a user would see a launch that does nothing.
+        """
+        now = time.monotonic()
+        seen = {worker.id for worker in study.workers}
+        for worker in self._workers:
+            if worker.id in seen:
+                self._named_at[worker.id] = now + _QUIET_SECONDS
+            elif now >= self._named_at.setdefault(worker.id, worker.started_at + _QUIET_SECONDS):
+                self._named_at[worker.id] = now + _SAY_AGAIN_SECONDS
+                logger.warning(
+                    "worker %s isn't at work; its log %s ends: %s",
+                    worker.id,
+                    worker.log,
+                    _last_words(worker),
+                )
 
     def _end_hanging(self, study: StudySnapshot) -> None:
         """Kill workers that live and don't show it for long (stopped, or stuck in one call).

@@ -4,6 +4,8 @@ import io
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hpo import watch
-from hpo.errors import ExitCode, UsageError, WorkersDie
+from hpo.errors import ExitCode, Interrupted, UsageError, WorkersDie
 from hpo.executors.local import LocalWorker
 from hpo.progress import ProgressView
 from hpo.watch import Watch
@@ -121,6 +123,39 @@ def test_when_one_worker_finds_the_budget_used_up_the_others_are_told(
     assert ended.workers == ()
     assert executor.told == ["w-2"]
     assert executor.num_started == 2
+
+
+class OneIsSilent(OneWaits):
+    """Its worker lives and never makes itself known; then the user presses Ctrl-C."""
+
+    num_workers = 1
+
+    def start(self, index: int) -> LocalWorker:
+        worker = super().start(index + 1)
+        forget_worker(self._database, worker.id)
+        return worker
+
+    def wait(self, *_given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(("patience_seconds", "is_named"), [(0.0, True), (1e9, False)])
+def test_what_a_worker_waits_for_that_isn_t_at_work_is_said(
+    patience_seconds: float,
+    is_named: bool,
+    database: Database,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hpo.watch._QUIET_SECONDS", patience_seconds)
+    log = tmp_path / "worker-0.log"
+    log.write_text("waiting for the database (61 s so far): No space left on device\n")
+    record = make_study(database, budget=1)
+    with pytest.raises(Interrupted):
+        watched(database, OneIsSilent(database, record, log), record).run()
+    words = "its log .* ends: waiting for the database .* No space left on device"
+    assert bool(re.search(words, caplog.text)) == is_named
 
 
 def test_workers_that_end_before_they_work_end_the_launch_with_their_last_words(
