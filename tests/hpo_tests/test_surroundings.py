@@ -73,9 +73,9 @@ def test_a_search_goes_on_with_new_workers_when_its_folder_is_deleted(
         ("HPO_LEASE_SECONDS", "9h", 2, "a lease lasts up to an hour"),
         ("HPO_STALL_SECONDS", "-1", 2, "HPO_STALL_SECONDS takes a time above 0"),
         ("HPO_CHECKPOINTS", "ftp://x", 3, "HPO_CHECKPOINTS"),
-        ("HPO_HOME", "~nobody-of-this-name/x", 3, "set HPO_HOME to the absolute path"),
-        ("HPO_HOME", "{file}", 3, "set HPO_HOME to a folder of yours"),
-        ("HPO_HOME", "{file}/below", 3, "set HPO_HOME to a folder of yours"),
+        ("HPO_HOME", "~nobody-of-this-name/x", 3, "set it to a full path"),
+        ("HPO_HOME", "{file}", 2, "set HPO_HOME to a folder of yours"),
+        ("HPO_HOME", "{file}/below", 2, "set HPO_HOME to a folder of yours"),
         ("HPO_STORAGE", "nonsense", 3, "postgresql://"),
     ],
 )
