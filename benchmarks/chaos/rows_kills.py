@@ -25,7 +25,7 @@ POINTS = (
     *TAKE_OVER_POINTS,
 )  # fmt: skip
 LEAVING_POINTS = ("before release", "after release")
-MOST_SECONDS_BETWEEN_KILLS = 3.0
+MOST_SECONDS_BETWEEN_KILLS = 1.5
 
 
 def killed_at_random(arena: Arena, long: bool) -> Iterator[Finding]:
