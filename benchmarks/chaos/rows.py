@@ -59,7 +59,7 @@ ROWS: dict[str, Row] = {
     "35": rows_launches.refused_launches,
     "36": rows_database.few_connections,
 }
-SHORT = ["1", "2", "5", "8", "14", "15", "18", "30", "36"]
+SHORT = ["1", "2", "5", "8", "14", "15", "18", "36"]
 
 
 def findings_of(arena: Arena, row: str, *, long: bool) -> Iterator[Finding]:

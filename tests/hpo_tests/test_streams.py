@@ -39,8 +39,11 @@ def test_a_search_with_a_closed_stream_ends_as_ever_and_its_files_get_no_output(
     assert done.returncode == 0, done.stderr
     (trial,) = json.loads(hpo.run("trials", "--json").stdout)
     assert trial["state"] == "COMPLETE"
-    log = next((hpo.home / "logs").glob("*/worker-0.log")).read_text()
-    assert "trial 0: COMPLETE" in log
+    studies = [folder for folder in (hpo.home / "logs").iterdir() if folder.is_dir()]
+    assert len(studies) == 2  # the search and the retraining
+    for folder in studies:
+        log = "".join(path.read_text() for path in folder.glob("worker-*.log"))
+        assert log.count("trial 0: COMPLETE") == 1
 
 
 @pytest.mark.parametrize("command", [("space",), ("--help",), ("--version",), ("space", "--json")])

