@@ -193,7 +193,7 @@ def test_the_quick_way_trains_no_candidate_and_says_so(
 
     options = BestOptions(out=tmp_path / "out", top_k=1, num_seeds=0)
     report = export_best(database, record, options, run_workers=run_workers, say=print)
-    assert ran == [f"{record.name}:retrain-{record.study_id}"]
+    assert not any("recheck" in name for name in ran)
     assert report.winner.mean is None
     assert any("probably too high" in note for note in report.notes)
     assert "probably too high" in "\n".join(report.lines())
