@@ -53,8 +53,10 @@ def least_used(devices: Sequence[str]) -> list[str]:
 
 
 def device_key(device: str) -> str:
-    """What names a GPU alike in all processes, whatever CUDA_VISIBLE_DEVICES hides. Imports torch
-    for a CUDA device."""
+    """A name of the device that is the same in all processes, whatever CUDA_VISIBLE_DEVICES hides.
+
+    Imports torch for a CUDA device.
+    """
     if not device.startswith("cuda"):
         return device
     import torch

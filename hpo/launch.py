@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from hpo.claims import least_used
 from hpo.errors import UsageError
 from hpo.executors.local import LocalExecutor, num_cores, worker_devices
 from hpo.logs import check_log_folder, open_log
@@ -185,14 +186,14 @@ def _name_and_data(database: Database, options: LaunchOptions) -> tuple[str, str
 
 
 def devices_of_workers(spec: StudySpec, options: LaunchOptions, say: Say) -> list[str]:
-    """A device for each worker of this study.
+    """A device for each worker of this study, GPUs that other launches use least before others.
 
     Raises UsageError for devices that aren't there, ConfigError for those that don't compute in the
     study's precision. say: is told of what is measured. Imports torch.
     """
     from trainer.device import available_devices
 
-    devices = worker_devices(available_devices(), options.devices, options.workers)
+    devices = worker_devices(least_used(available_devices()), options.devices, options.workers)
     _check_precision(spec.precision, devices)
     if options.workers == "auto" and any(device.startswith("cuda") for device in devices):
         return shared(spec, devices, say)

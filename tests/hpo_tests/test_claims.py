@@ -9,6 +9,10 @@ import pytest
 
 from hpo.claims import claim_core, claim_gpu, device_key, least_used
 from hpo.executors.local import LocalExecutor
+from hpo.launch import devices_of_workers
+from hpo.options import LaunchOptions
+from hpo.space import SearchSpace
+from hpo.spec import StudySpec
 
 HOLD = """
 import json, sys
@@ -117,3 +121,21 @@ def test_workers_of_two_launches_have_different_ids_even_where_hosts_and_pids_ar
         for _ in range(2)
     ]
     assert launches[0]._launcher != launches[1]._launcher
+
+
+def test_a_launch_takes_the_gpu_that_no_other_launch_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.device.available_devices", lambda: ["mps:70003", "mps:70004"])
+    spec = StudySpec(
+        data="digits",
+        fingerprint="none",
+        space=SearchSpace(fields={"backbone": "smallcnn"}),
+        seed=0,
+        first_rung=4,
+    )
+    options = LaunchOptions(workers="1")
+    assert devices_of_workers(spec, options, print) == ["mps:70003"]
+    holder = Holder("gpu", device_key("mps:70003"))
+    try:
+        assert devices_of_workers(spec, options, print) == ["mps:70004"]
+    finally:
+        holder.kill()
