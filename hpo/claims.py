@@ -61,7 +61,10 @@ def device_key(device: str) -> str:
         return device
     import torch
 
-    properties = torch.cuda.get_device_properties(device)
+    try:
+        properties = torch.cuda.get_device_properties(device)
+    except RuntimeError:  # it doesn't answer, which the worker's own check of it will say
+        return device
     return str(getattr(properties, "uuid", None) or device)
 
 
